@@ -1,0 +1,33 @@
+"""What a parameter-server run is made of. Imports neither torch nor ray."""
+
+from dataclasses import dataclass
+
+from models.options import TaskOptions
+from paramserver.config import OptimizerConfig, ServerConfig
+from workers.config import WorkerConfig
+
+__all__ = ["ClusterConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Settings of all actors of one run."""
+
+    options: TaskOptions
+    """What the task is built from, in every process."""
+    worker: WorkerConfig
+    """Settings of worker 0; the others differ in their index alone."""
+    optimizer: OptimizerConfig
+    """The servers' optimizer."""
+    servers: ServerConfig
+    """How parameters are placed."""
+    server_threads: int = 1
+    """Threads of each server."""
+    held_versions: tuple[int, ...] = ()
+    """Versions that servers keep until a snapshot of them was taken."""
+    share_device: bool = False
+    """Whether several workers may use one GPU."""
+    start_timeout_s: float = 120.0
+    """Deadline for all actors to have a place and a model."""
+    run: str = "run"
+    """Run id and resume count."""

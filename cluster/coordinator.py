@@ -1,0 +1,193 @@
+"""Who is alive and who computes which microbatches: starts the actors, collects their reports, stops them.
+
+It is not on the path of a step: workers run freely and the servers' commit is their barrier.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from cluster.actors import Place, ServerActor, WorkerActor
+from cluster.config import ClusterConfig
+from cluster.placement import check_room, resources
+from models.registry import TaskSource
+from paramserver.errors import ReplicaMismatch, ServerLost, StepTimeout, WorkerLost
+from paramserver.partition import Partition
+from paramserver.state import State, assemble
+from workers.report import EvaluationReport, StepReport, merge_evaluations, merge_steps
+
+__all__ = ["Coordinator"]
+
+_POLL_S = 1.0
+
+
+class Coordinator:
+    """One parameter-server run on a Ray cluster that was started already; use it as a context manager.
+
+    Args:
+        source: the task.
+        config: settings of all actors.
+        partition: of the task's model.
+        state: what the run starts from.
+    """
+
+    def __init__(self, source: TaskSource, config: ClusterConfig, partition: Partition, state: State) -> None:
+        self._config = config
+        self._partition = partition
+        self._first_version = state.version
+        check_room(config)
+        self._servers = [
+            self._start_server(index, partition, ray.put(state)) for index in range(config.servers.num_servers)
+        ]
+        self._workers = [self._start_worker(index, source) for index in range(config.worker.num_workers)]
+        self.places: dict[str, list[Place]] = {}
+
+    def _start_server(self, index: int, partition: Partition, state: Any) -> Any:
+        config = self._config
+        actor = ray.remote(ServerActor).options(num_cpus=1, num_gpus=0, max_restarts=0, max_task_retries=0)
+        return actor.remote(
+            index,
+            partition,
+            config.optimizer,
+            config.worker.plan.microbatches,
+            state,
+            config.run,
+            config.server_threads,
+            config.held_versions,
+        )
+
+    def _start_worker(self, index: int, source: TaskSource) -> Any:
+        config, worker = self._config, replace(self._config.worker, worker=index)
+        gpus = 1 if worker.device == "cuda" and not config.share_device else 0
+        actor = ray.remote(WorkerActor).options(
+            num_cpus=1,
+            num_gpus=gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            # Also what libraries under torch read; torch's own number is set by the worker.
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(worker.threads), "OMP_WAIT_POLICY": "passive"}},
+        )
+        return actor.remote(source, config.options, worker, config.optimizer, config.servers)
+
+    def __enter__(self) -> "Coordinator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in (*self._workers, *self._servers):
+            ray.kill(actor)
+
+    def start(self) -> None:
+        """Wait until every actor has its place and its model, and see that all devices are of one kind.
+
+        Raises:
+            WorkerLost, ServerLost: if an actor died or raised.
+            StepTimeout: if an actor found no place in time.
+            ReplicaMismatch: if devices differ in what changes bits.
+        """
+        deadline = time.monotonic() + self._config.start_timeout_s
+        servers = [actor.meet.remote(self._servers) for actor in self._servers]
+        workers = [actor.place.remote() for actor in self._workers]
+        self.places["server"] = [self._started("server", i, ref, deadline) for i, ref in enumerate(servers)]
+        self.places["worker"] = [self._started("worker", i, ref, deadline) for i, ref in enumerate(workers)]
+        kinds = [place.device_kind or {} for place in self.places["worker"]]
+        for index, kind in enumerate(kinds):
+            for name, value in kind.items():
+                if value != kinds[0].get(name):
+                    raise ReplicaMismatch(
+                        f"worker {index} has {name} {value!r}, worker 0 has {kinds[0].get(name)!r}: "
+                        "all devices of a run must be of one kind, or their bits differ"
+                    )
+
+    def _started(self, role: str, index: int, reference: Any, deadline: float) -> Place:
+        try:
+            place: Place = ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            raise StepTimeout(
+                f"{role} {index} was not started within {self._config.start_timeout_s:.0f} s: "
+                f"the cluster has {resources(ray.clusterresources())}, free are {resources(ray.availableresources())}"
+            ) from None
+        except ray.exceptions.RayError as error:
+            raise self._lost(role, index, error) from None
+        return place
+
+    def _lost(self, role: str, index: int, error: ray.exceptions.RayError) -> BaseException:
+        """What an actor raised, or that it is gone."""
+        if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+            return error.cause  # type: ignore[no-any-return]
+        init = getattr(error, "cause", None) or getattr(error, "__cause__", None)
+        if isinstance(init, ray.exceptions.RayTaskError) and init.cause is not None:
+            return init.cause  # type: ignore[no-any-return]
+        places = self.places.get(role)
+        where = f" (pid {places[index].pid} on {places[index].host})" if places else ""
+        kind = WorkerLost if role == "worker" else ServerLost
+        return kind(f"{role} {index}{where} died: look at its log, or resume with --resume", **{role: index})
+
+    def run(self) -> Iterator[StepReport | EvaluationReport]:
+        """Let the workers train; gives each step once all have reported it, and each evaluation, in order of steps.
+
+        Raises:
+            WorkerLost, ServerLost, StepTimeout: naming who.
+            Exception: what a worker raised, such as ``DataError``.
+        """
+        streams = [actor.run.options(num_returns="streaming").remote(self._servers) for actor in self._workers]
+        indices = {stream: index for index, stream in enumerate(streams)}
+        merged = _Merger(len(streams))
+        quiet_since = time.monotonic()
+        while indices:
+            ready, _ = ray.wait(list(indices), num_returns=1, timeout=_POLL_S, fetch_local=False)
+            if not ready:
+                self._check_quiet(quiet_since, sorted(indices.values()))
+                continue
+            quiet_since = time.monotonic()
+            index = indices[ready[0]]
+            try:
+                report = ray.get(next(ready[0]))
+            except StopIteration:
+                del indices[ready[0]]
+                continue
+            except ray.exceptions.RayError as error:
+                raise self._lost("worker", index, error) from None
+            yield from merged.add(report)
+
+    def _check_quiet(self, since: float, indices: list[int]) -> None:
+        limit = 2.0 * self._config.worker.step_timeout_s
+        if time.monotonic() - since > limit:
+            raise StepTimeout(f"no word from workers {indices} for {limit:.0f} s (twice --step-timeout)")
+
+    def request_stop(self) -> None:
+        """Let the run end with the version that is committed next."""
+        self._servers[0].request_stop.remote()
+
+    def state(self, version: int, *, release: bool = False) -> State:
+        """A copy of everything at ``version``: the last one, or one that is held (and is given free)."""
+        references = [actor.snapshot.remote(version, release=release) for actor in self._servers]
+        try:
+            return assemble(self._partition, ray.get(references, timeout=self._config.worker.step_timeout_s))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+
+class _Merger:
+    """Puts the workers' reports of a step together once all have come."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._steps: dict[int, list[StepReport]] = {}
+        self._evaluations: dict[int, list[EvaluationReport]] = {}
+
+    def add(self, report: StepReport | EvaluationReport) -> Iterator[StepReport | EvaluationReport]:
+        """Take a report in, give the whole step or evaluation that it completes."""
+        if isinstance(report, StepReport):
+            steps = self._steps.setdefault(report.step, [])
+            steps.append(report)
+            if len(steps) == self._num_workers:
+                yield merge_steps(self._steps.pop(report.step))
+        else:
+            parts = self._evaluations.setdefault(report.step, [])
+            parts.append(report)
+            if len(parts) == self._num_workers:
+                yield merge_evaluations(self._evaluations.pop(report.step))

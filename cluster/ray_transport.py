@@ -1,0 +1,102 @@
+"""Transport between a worker actor and server actors: Ray calls, tensors as zero-copy NumPy arrays in its store."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import ray
+import ray.exceptions
+import torch
+from torch import Tensor
+
+from paramserver.errors import ServerLost, StepTimeout
+from paramserver.messages import Commit, Hello, Push
+from paramserver.partition import Partition
+
+__all__ = ["RayTransport", "WirePush", "from_wire", "to_wire"]
+
+
+class WirePush(NamedTuple):
+    """A push as it travels: NumPy arrays, which Ray copies once, where it copies tensors twice."""
+
+    push: Push
+    """Without its tensors."""
+    slices: dict[int, Any]
+    integers: dict[str, Any]
+
+
+def to_wire(push: Push) -> WirePush:
+    """The push for the way; its memory is copied when Ray takes it."""
+    slices = {index: value.numpy() for index, value in push.slices.items()}
+    integers = {name: value.numpy() for name, value in push.integers.items()}
+    return WirePush(replace(push, slices={}, integers={}), slices, integers)
+
+
+def from_wire(wire: WirePush) -> Push:
+    """The push with tensors that share the arrays' read-only memory: nobody may write them."""
+    return replace(
+        wire.push,
+        slices={index: torch.from_numpy(value) for index, value in wire.slices.items()},
+        integers={name: torch.from_numpy(value.copy()) for name, value in wire.integers.items()},
+    )
+
+
+class RayTransport:
+    """One worker's way to server actors.
+
+    Args:
+        servers: handles of the actors, by index.
+        partition: tells how a server's vector is cut into slices.
+    """
+
+    def __init__(self, servers: Sequence[Any], partition: Partition) -> None:
+        self.num_servers = len(servers)
+        self._servers = list(servers)
+        self._sizes = [[piece.numel for piece in pieces] for pieces in partition.by_server]
+        self._pushes: list[list[Any]] = [[] for _ in servers]
+        self._arrived: dict[int, tuple[int, Any]] = {}
+
+    def hello(self, server: int, timeout_s: float) -> Hello:
+        """See ``Transport.hello``."""
+        reply: Hello = self._get(server, self._servers[server].hello.remote(), timeout_s, "say hello")
+        return reply
+
+    def push(self, server: int, push: Push) -> None:
+        """See ``Transport.push``: the tensors are copied before this returns."""
+        self._pushes[server].append(self._servers[server].push.remote(to_wire(push)))
+
+    def wait(self, server: int, version: int, timeout_s: float) -> Commit:
+        """See ``Transport.wait``."""
+        waiting = self._servers[server].wait.remote(version, timeout_s)
+        for sent in self._pushes[server]:
+            self._get(server, sent, timeout_s, "take a push")
+        self._pushes[server].clear()
+        # The server keeps the deadline itself, and knows what it waits for: give it a moment longer to say so.
+        commit, published = self._get(server, waiting, timeout_s + 5.0, f"commit version {version}")
+        self._arrived[server] = (version, published)
+        return commit  # type: ignore[no-any-return]
+
+    def fetch(self, server: int, version: int, timeout_s: float) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
+        """See ``Transport.fetch``."""
+        arrived, published = self._arrived.get(server, (-1, None))
+        if published is None or arrived != version:
+            published = self._get(server, self._servers[server].publish.remote(version), timeout_s, "publish")
+        flat, integers = self._get(server, published[0], timeout_s, f"send version {version}")
+        values = torch.split(torch.from_numpy(flat), self._sizes[server])
+        return values, {name: torch.from_numpy(value) for name, value in integers.items()}
+
+    def _get(self, server: int, reference: Any, timeout_s: float, what: str) -> Any:
+        try:
+            return ray.get(reference, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise StepTimeout(
+                f"server {server} did not {what} within {timeout_s:.0f} s (--step-timeout)", server=server
+            ) from None
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayActorError:
+            raise ServerLost(f"server {server} is gone: it could not {what}", server=server) from None
+
+    def close(self) -> None:
+        """See ``Transport.close``."""
+        self._arrived.clear()

@@ -1,0 +1,153 @@
+"""Starting, joining and stopping Ray so that nothing is asked, shown, opened to the network or left behind."""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from paramserver.errors import ConfigError
+
+__all__ = ["ray_session"]
+
+_PREFIX = "pushpull-ray-"
+_MIB = 1 << 20
+_PROBE_S = 5.0
+
+# Read by Ray when it is imported or started, so they must stand before ``import ray``.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DEDUP_LOGS": "0",  # it takes "step 1" and "step 2" for the same line
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # masking GPUs per actor breaks peer access
+}
+
+
+@contextmanager
+def ray_session(*, address: str | None, num_cpus: int, num_gpus: int, store_bytes: int) -> Iterator[None]:
+    """A Ray cluster for the block: a private one on this machine, or the one at ``address``.
+
+    The private one listens on loopback alone, has its own token, no dashboard, and a temporary folder that goes with
+    it; folders that a killed run left are swept.
+
+    Args:
+        address: ``host:port`` of a running head, or None.
+        num_cpus: logical CPUs of the private cluster: places for actors.
+        num_gpus: GPUs of the private cluster.
+        store_bytes: size of the private cluster's object store.
+
+    Raises:
+        ConfigError: if nobody listens at ``address``.
+    """
+    if address is not None:
+        _probe(address)
+        with _environment(_QUIET):
+            import ray
+
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            try:
+                yield
+            finally:
+                ray.shutdown()
+        return
+    _sweep()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))  # short: a socket's path may have about 108 bytes
+    with _locked(folder / "lock"):
+        try:
+            with _environment({**_QUIET, **_private(folder)}):
+                yield from _local(folder, num_cpus, num_gpus, store_bytes)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _local(folder: Path, num_cpus: int, num_gpus: int, store_bytes: int) -> Iterator[None]:
+    import ray
+
+    # Ray puts the driver's working directory first on the actors' sys.path: it may hold somebody's models/ or launch/.
+    with contextlib.chdir(folder):
+        ray.init(
+            address="local",  # a bare init would join any cluster that runs on this machine
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            object_store_memory=_fitting_store(store_bytes),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(folder),
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _private(folder: Path) -> dict[str, str]:
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds loopback only
+        "RAY_ADDRESS": "",
+    }
+
+
+def _fitting_store(wanted: int) -> int:
+    """Size of the object store: what is wanted, or what /dev/shm has."""
+    wanted = max(128 * _MIB, wanted)
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage("/dev/shm").free
+        if free < wanted:
+            raise ConfigError(
+                f"/dev/shm has {free // _MIB} MiB free, the run wants {wanted // _MIB} MiB for tensors between "
+                "processes: make it larger (docker: --shm-size), or use fewer workers"
+            )
+    return wanted
+
+
+def _probe(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--address {address!r} is not host:port, e.g. 10.0.0.1:6379")
+    try:
+        # Ray itself would try for 80 to 120 seconds and then end the process.
+        socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray head listens at {address} ({error}): start one, or leave --address out") from error
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    old = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[IO[str]]:
+    """Hold a lock as long as this process lives: by it, others see that the folder is in use."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _sweep() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+        with contextlib.suppress(OSError), (folder / "lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What is learned: tasks, networks, losses, metrics and data. Knows nothing of processes."""

@@ -1,0 +1,135 @@
+"""Detection data in d2l's banana layout: a ``label.csv`` and a folder of images for each split."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+from models.data.detection_transforms import DetectionTransform
+from models.data.images import read_image
+from models.errors import DataError
+from models.task import Sample, Split
+
+__all__ = ["BananaDetection", "banana_classes"]
+
+_FOLDERS: dict[Split, str] = {"train": "bananas_train", "val": "bananas_val"}
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_COLUMNS = ("img_name", "label", *_CORNERS)
+
+
+class _Row(NamedTuple):
+    where: str
+    """File and line, for messages."""
+    image: str
+    label: int
+    corners: tuple[float, float, float, float]
+    """In pixels."""
+
+
+class BananaDetection(Dataset[Sample]):
+    """``bananas_train/label.csv`` with columns img_name, label, xmin, ymin, xmax, ymax in pixels, and ``images/``.
+
+    An image may have several rows. Everything but the pixels is read and checked at construction.
+
+    Args:
+        root: the folder that holds ``bananas_train`` and ``bananas_val``.
+        split: train or val.
+        transform: applied to every image and its boxes.
+        classes: names of the labels 0, 1, …
+
+    Raises:
+        DataError: if a folder, file, column or image is missing, or a row is wrong; it names file and line.
+    """
+
+    def __init__(self, root: Path, split: Split, transform: DetectionTransform, classes: tuple[str, ...]) -> None:
+        self.classes = classes
+        self._transform = transform
+        folder = root / _FOLDERS[split]
+        corners: dict[Path, list[tuple[float, ...]]] = {}
+        labels: dict[Path, list[int]] = {}
+        sizes: dict[Path, tuple[int, int]] = {}
+        for row in _read_rows(folder / "label.csv"):
+            path = folder / "images" / row.image
+            if path not in sizes:
+                sizes[path] = _image_size(path, row.where)
+            _check(row, sizes[path], classes)
+            corners.setdefault(path, []).append(row.corners)
+            labels.setdefault(path, []).append(row.label)
+        if not sizes:
+            raise DataError(f"{folder / 'label.csv'} lists no image: add a line for each box")
+        self._paths = list(sizes)
+        # Arrays: a loader process would get each tensor as a shared file of its own.
+        self._boxes: list[NDArray[np.float32]] = [
+            (np.array(corners[path]) / np.array(size * 2)).astype(np.float32) for path, size in sizes.items()
+        ]
+        self._labels: list[NDArray[np.int64]] = [np.array(labels[path], dtype=np.int64) for path in self._paths]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        boxes_G4 = torch.from_numpy(self._boxes[index].copy())
+        image, boxes_G4 = self._transform(read_image(self._paths[index]), boxes_G4)
+        return Sample(image, {"boxes": boxes_G4, "labels": torch.from_numpy(self._labels[index].copy())}, index)
+
+
+def banana_classes(root: Path) -> tuple[str, ...]:
+    """Names ``class0``, ``class1``, … for the labels in the splits that are there; the layout has none of its own.
+
+    Raises:
+        DataError: if no split is there or a ``label.csv`` is wrong.
+    """
+    files = [root / folder / "label.csv" for folder in _FOLDERS.values()]
+    found = [path for path in files if path.is_file()] or files[:1]
+    highest = max((row.label for path in found for row in _read_rows(path)), default=0)
+    return tuple(f"class{label}" for label in range(highest + 1))
+
+
+def _read_rows(path: Path) -> Iterator[_Row]:
+    if not path.is_file():
+        raise DataError(f"missing {path}: the folder of a banana data set holds {' and '.join(_FOLDERS.values())}")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
+        if missing:
+            raise DataError(
+                f"{path} lacks the column {', '.join(missing)}: its first line must be {','.join(_COLUMNS)}"
+            )
+        for fields in reader:
+            where = f"{path}, line {reader.line_num}"
+            try:
+                x1, y1, x2, y2 = (float(fields[name]) for name in _CORNERS)
+                label = int(fields["label"])
+            except (TypeError, ValueError) as error:  # TypeError: the line is too short
+                raise DataError(f"{where}: label, {', '.join(_CORNERS)} must be numbers: {error}") from error
+            yield _Row(where, fields["img_name"], label, (x1, y1, x2, y2))
+
+
+def _image_size(path: Path, where: str) -> tuple[int, int]:
+    """Width and height from the file's header."""
+    if not path.is_file():
+        raise DataError(f"{where}: missing image {path}: add the file or remove the line")
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{where}: broken image {path}: {error}") from error
+    return width, height
+
+
+def _check(row: _Row, size: tuple[int, int], classes: tuple[str, ...]) -> None:
+    (x1, y1, x2, y2), (width, height) = row.corners, size
+    if not 0 <= row.label < len(classes):
+        raise DataError(
+            f"{row.where}: label {row.label} is not one of 0..{len(classes) - 1}: correct it or name more --classes"
+        )
+    if not (x1 < x2 and y1 < y2):
+        raise DataError(f"{row.where}: box {row.corners} is empty: xmax must exceed xmin, and ymax ymin")
+    if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
+        raise DataError(f"{row.where}: box {row.corners} leaves its image of {width}x{height} pixels: correct the line")

@@ -1,0 +1,90 @@
+"""Pascal VOC's segmentation layout: JPEGImages, SegmentationClass and ImageSets/Segmentation."""
+
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from models.data.images import read_image, read_mask
+from models.data.segmentation_transforms import SegmentationTransform
+from models.data.voc_classes import VOID, find_voc_root
+from models.errors import DataError
+from models.task import Sample
+
+__all__ = ["VOCSegmentation"]
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+class VOCSegmentation(Dataset[Sample]):
+    """The images of one list file with their masks of class indices.
+
+    Args:
+        path: a VOCdevkit, a VOC20xx in it, or any folder that holds ``JPEGImages``.
+        split: name of the list in ``ImageSets/Segmentation``, without ``.txt``.
+        num_classes: K, background included; masks hold ``0..K-1`` and 255 for void.
+        transform: applied to every image and its mask.
+
+    Raises:
+        DataError: at once if a folder, the list, or an image or mask named in it is missing.
+    """
+
+    def __init__(self, path: Path, split: str, num_classes: int, transform: SegmentationTransform) -> None:
+        root = find_voc_root(path)
+        names = _read_list(root, split)
+        self._images = [_existing(root / "JPEGImages", name, _IMAGE_SUFFIXES, split) for name in names]
+        self._masks = [_existing(root / "SegmentationClass", name, (".png",), split) for name in names]
+        self._num_classes = num_classes
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample ``index``; its target ``mask`` is (H, W) uint8.
+
+        Raises:
+            DataError: if a file is broken, the mask's size is not the image's, or a label is out of range.
+        """
+        image, mask = read_image(self._images[index]), read_mask(self._masks[index])
+        self._check(image, mask, index)
+        return Sample(*self._transform(image, mask), index)
+
+    def _check(self, image: Tensor, mask: Tensor, index: int) -> None:
+        path = self._masks[index]
+        if mask.shape != image.shape[1:]:
+            raise DataError(
+                f"{path} has {_size(mask)} pixels, but {self._images[index].name} has {_size(image)}: "
+                "a mask needs its image's height and width"
+            )
+        foreign = mask[(mask >= self._num_classes) & (mask != VOID)]
+        if foreign.numel():
+            raise DataError(
+                f"{path} has label {int(foreign[0])}, but the labels of {self._num_classes} classes are "
+                f"0 (background) to {self._num_classes - 1}, and 255 for void: name every class with --classes"
+            )
+
+
+def _read_list(root: Path, split: str) -> list[str]:
+    """The names in ``ImageSets/Segmentation/<split>.txt``."""
+    folder = root / "ImageSets" / "Segmentation"
+    path = folder / f"{split}.txt"
+    if not path.is_file():
+        found = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
+        raise DataError(f"no such list: {path} (lists that exist: {found}): choose with --split-train and --split-val")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not names:
+        raise DataError(f"{path} lists no image")
+    return names
+
+
+def _existing(folder: Path, name: str, suffixes: tuple[str, ...], split: str) -> Path:
+    """The file of that name in ``folder``."""
+    for suffix in suffixes:
+        if (path := folder / f"{name}{suffix}").is_file():
+            return path
+    raise DataError(f"missing {folder / name}{suffixes[0]}, which ImageSets/Segmentation/{split}.txt lists")
+
+
+def _size(pixels: Tensor) -> str:
+    return "x".join(str(length) for length in pixels.shape[-2:])

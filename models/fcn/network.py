@@ -1,0 +1,80 @@
+"""The fully convolutional network: ResNet-18, a 1x1 classifier and a learned upsampling by 32."""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+__all__ = ["FCN", "MIN_SIZE", "bilinear_kernel"]
+
+MIN_SIZE = 32
+"""Smallest height and width of an image in pixels: one cell of the last feature map."""
+
+_STRIDE = 32
+_BACKBONE_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+
+class FCN(nn.Module):
+    """FCN-32s on ResNet-18, initialised as in Dive into Deep Learning, section 14.11, but never downloaded.
+
+    Source: Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015.
+    The keys below ``backbone.`` are those of torchvision's ``resnet18``.
+
+    Args:
+        num_classes: K, background included.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        resnet = resnet18(weights=None)
+        self.backbone = nn.Sequential(OrderedDict((name, getattr(resnet, name)) for name in _BACKBONE_LAYERS))
+        self.classifier = nn.Conv2d(512, num_classes, kernel_size=1)
+        # Output size of n cells: (n - 1) * 32 - 2 * 16 + 64 = 32 * n.
+        self.upsample = nn.ConvTranspose2d(
+            num_classes, num_classes, kernel_size=2 * _STRIDE, stride=_STRIDE, padding=_STRIDE // 2
+        )
+        nn.init.xavier_uniform_(self.classifier.weight)
+        # d2l leaves this bias at its random start; at zero the first upsampling is exactly bilinear.
+        nn.init.zeros_(self.upsample.bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.upsample.weight.copy_(bilinear_kernel(num_classes, 2 * _STRIDE))
+
+    def forward(self, images_N3HW: Tensor) -> Tensor:
+        """Class scores of every pixel.
+
+        Args:
+            images_N3HW: float, height and width of at least 32.
+
+        Returns:
+            ``logits_NKHW`` of the images' size.
+
+        Raises:
+            ValueError: if the images are smaller than 32 pixels.
+        """
+        height, width = images_N3HW.shape[-2:]
+        if min(height, width) < MIN_SIZE:
+            raise ValueError(
+                f"an image of {height}x{width} pixels is too small: FCN needs {MIN_SIZE}x{MIN_SIZE} or more"
+            )
+        scores_NKhw = self.classifier(self.backbone(images_N3HW))  # h = ceil(H / 32)
+        logits_NKHW: Tensor = self.upsample(scores_NKhw)
+        # Other sizes than multiples of 32 come out up to 31 pixels too large.
+        return logits_NKHW[..., :height, :width]
+
+
+def bilinear_kernel(num_channels: int, kernel_size: int) -> Tensor:
+    """Weights of a transposed convolution that upsamples each channel bilinearly.
+
+    Matches ``bilinear_kernel`` of Dive into Deep Learning, section 14.11.3.
+
+    Returns:
+        (num_channels, num_channels, kernel_size, kernel_size) float32.
+    """
+    factor = (kernel_size + 1) // 2
+    centre = factor - 1 if kernel_size % 2 == 1 else factor - 0.5
+    ramp = 1 - (torch.arange(kernel_size, dtype=torch.float32) - centre).abs() / factor
+    weight = torch.zeros(num_channels, num_channels, kernel_size, kernel_size)
+    channels = torch.arange(num_channels)
+    weight[channels, channels] = ramp[:, None] * ramp[None, :]
+    return weight

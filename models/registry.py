@@ -1,0 +1,110 @@
+"""Tasks by name, and a user's own task by the path of its file."""
+
+import hashlib
+import inspect
+import linecache
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from models.errors import TaskError
+from models.options import TaskOptions
+from models.task import Task
+
+__all__ = ["TaskSource", "build_task", "list_tasks", "read_task"]
+
+
+def _ssd(options: TaskOptions) -> Task:
+    from models.ssd.task import SSDTask
+
+    return SSDTask(options)
+
+
+def _fcn(options: TaskOptions) -> Task:
+    from models.fcn.task import FCNTask
+
+    return FCNTask(options)
+
+
+_TASKS: dict[str, tuple[str, Callable[[TaskOptions], Task]]] = {
+    "ssd": ("single-shot object detection (TinySSD)", _ssd),
+    "fcn": ("semantic segmentation by a fully convolutional network (ResNet-18)", _fcn),
+}
+_TASK_METHODS = ("build_model", "build_dataset", "collate", "loss", "predict", "build_metric")
+
+
+def list_tasks() -> dict[str, str]:
+    """Names of the built-in tasks with one line about each."""
+    return {name: about for name, (about, _) in _TASKS.items()}
+
+
+class TaskSource(NamedTuple):
+    """A task as it travels to other processes and nodes."""
+
+    name: str
+    """Registered name, or ``path/to/file.py:ClassName``."""
+    text: str | None = None
+    """Text of the user's file; None for a registered task."""
+
+
+def read_task(name: str) -> TaskSource:
+    """Find a task by its registered name, or read the file of ``path/to/file.py:ClassName``.
+
+    Raises:
+        TaskError: if there is no such task or file.
+    """
+    if name in _TASKS:
+        return TaskSource(name)
+    path, colon, _ = name.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise TaskError(
+            f"unknown task {name!r}: use one of {', '.join(_TASKS)}, or path/to/file.py:ClassName for your own"
+        )
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise TaskError(f"no such task file: {file}")
+    return TaskSource(f"{file}:{name[len(path) + 1 :]}", file.read_text(encoding="utf-8"))
+
+
+def build_task(source: TaskSource | str, options: TaskOptions) -> Task:
+    """Build a task.
+
+    A user's class is called with ``options`` if its constructor takes an argument, else with none.
+
+    Raises:
+        TaskError: if there is no such task, file or class, or the class is not a task.
+    """
+    source = read_task(source) if isinstance(source, str) else source
+    if source.text is None:
+        return _TASKS[source.name][1](options)
+    path, _, attribute = source.name.rpartition(":")
+    factory = getattr(_load_text(Path(path), source.text), attribute, None)
+    if factory is None:
+        raise TaskError(f"{path} has no {attribute!r}: name the class of the task after the colon")
+    task: Task = factory(options) if inspect.signature(factory).parameters else factory()
+    missing = [method for method in _TASK_METHODS if not callable(getattr(task, method, None))]
+    if missing:
+        raise TaskError(f"{source.name} is not a task: it lacks {', '.join(missing)} (see models/task.py)")
+    if not hasattr(task, "name"):
+        task.name = attribute
+    return task
+
+
+def _load_text(path: Path, text: str) -> ModuleType:
+    """Run a file's text as a module whose name is made of its content, so that it can never shadow another one."""
+    unique = f"pushpull_task_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if unique in sys.modules:
+        return sys.modules[unique]
+    module = ModuleType(unique)
+    module.__file__ = str(path)
+    # Dataclasses and pickle look their module up while it is being executed, tracebacks look for its lines.
+    sys.modules[unique] = module
+    linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
+    try:
+        exec(compile(text, str(path), "exec"), module.__dict__)
+    except Exception as error:
+        del sys.modules[unique]
+        raise TaskError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module

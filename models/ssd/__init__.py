@@ -1,0 +1,1 @@
+"""Single-shot object detection: TinySSD, its anchors, matching, loss, detections and metric."""

@@ -1,0 +1,63 @@
+"""Average precision of one class by VOC's every-point rule."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["average_precision", "is_true_positive"]
+
+_Floats = NDArray[np.floating[Any]]
+
+
+def average_precision(true_D: NDArray[np.bool_], num_boxes: int) -> float:
+    """Area under the precision-recall curve, precision made non-increasing from the right.
+
+    Args:
+        true_D: for each detection, best first, whether it found a box.
+        num_boxes: number of ground truth boxes.
+
+    Returns:
+        0..1; NaN without ground truth.
+    """
+    if num_boxes == 0:
+        return float("nan")
+    found_D = np.cumsum(true_D)
+    precision_D = found_D / np.arange(1, len(true_D) + 1)
+    envelope_D = np.maximum.accumulate(precision_D[::-1])[::-1]
+    # Recall rises by 1 / num_boxes at each true positive, and stays between them.
+    return float(envelope_D[true_D].sum() / num_boxes)
+
+
+def is_true_positive(detected_D4: _Floats, truth_G4: _Floats, threshold: float = 0.5) -> NDArray[np.bool_]:
+    """Whether each detection of one image and class finds a box that no better detection has found.
+
+    As in VOC, a detection is compared with the box that it overlaps most, and counts as false if that box is taken.
+
+    Args:
+        detected_D4: corners, best first.
+        truth_G4: corners of the ground truth; widths are differences, without VOC's extra pixel.
+        threshold: the least IoU.
+
+    Returns:
+        (D,) bool.
+    """
+    true_D = np.zeros(len(detected_D4), dtype=np.bool_)
+    if len(truth_G4) == 0:
+        return true_D
+    iou_DG = _iou(detected_D4.astype(np.float64), truth_G4.astype(np.float64))
+    taken = set()
+    for i, best in enumerate(iou_DG.argmax(axis=1)):
+        if iou_DG[i, best] >= threshold and best not in taken:
+            taken.add(best)
+            true_D[i] = True
+    return true_D
+
+
+def _iou(a_D4: NDArray[np.float64], b_G4: NDArray[np.float64]) -> NDArray[np.float64]:
+    low = np.maximum(a_D4[:, None, :2], b_G4[None, :, :2])
+    high = np.minimum(a_D4[:, None, 2:], b_G4[None, :, 2:])
+    intersection_DG = np.prod(np.clip(high - low, 0, None), axis=2)
+    area_D, area_G = np.prod(a_D4[:, 2:] - a_D4[:, :2], axis=1), np.prod(b_G4[:, 2:] - b_G4[:, :2], axis=1)
+    union_DG = area_D[:, None] + area_G - intersection_DG
+    return np.asarray(np.divide(intersection_DG, union_DG, out=np.zeros_like(union_DG), where=union_DG > 0))

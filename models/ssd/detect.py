@@ -1,0 +1,58 @@
+"""From a network's predictions to the objects it has found."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from models.ssd.offsets import decode
+
+__all__ = ["Detections", "detect"]
+
+
+class Detections(NamedTuple):
+    """Objects found in one image, best first."""
+
+    boxes_D4: Tensor
+    """(D, 4) float32 corners as parts of width and height; they may reach outside of 0..1, as in d2l."""
+    scores_D: Tensor
+    """(D,) float32 probabilities."""
+    labels_D: Tensor
+    """(D,) int64 classes from 0, without background."""
+
+
+@torch.no_grad()
+def detect(
+    anchors_A4: Tensor,
+    scores_NAK: Tensor,
+    offsets_NA4: Tensor,
+    *,
+    score_threshold: float = 0.05,
+    iou_threshold: float = 0.5,
+    max_detections: int = 200,
+) -> list[Detections]:
+    """Decode the predictions of a batch; an anchor stands for its most probable class, as in ``multibox_detection``.
+
+    Overlapping boxes suppress each other within a class; d2l's single class makes no difference.
+
+    Args:
+        anchors_A4: corners of the anchors.
+        scores_NAK: (N, A, K + 1) logits, background first.
+        offsets_NA4: (N, A, 4) predicted offsets.
+        score_threshold: what is not more probable than this is no detection.
+        iou_threshold: of two boxes of a class that overlap more than this, the better stays.
+        max_detections: how many are kept in an image.
+
+    Returns:
+        One ``Detections`` for each image.
+    """
+    best_NA, label_NA = scores_NAK.float().softmax(dim=2)[..., 1:].max(dim=2)
+    boxes_NA4 = decode(anchors_A4, offsets_NA4.float())
+    found = []
+    for best_A, label_A, boxes_A4 in zip(best_NA, label_NA, boxes_NA4, strict=True):
+        (above_C,) = torch.nonzero(best_A > score_threshold, as_tuple=True)
+        scores_C, labels_C, boxes_C4 = best_A[above_C], label_A[above_C], boxes_A4[above_C]
+        keep_D = batched_nms(boxes_C4, scores_C, labels_C, iou_threshold)[:max_detections]
+        found.append(Detections(boxes_C4[keep_D], scores_C[keep_D], labels_C[keep_D]))
+    return found

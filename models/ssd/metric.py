@@ -1,0 +1,143 @@
+"""How well a detector does on a validation set: average precision, and d2l's two errors."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.ssd.average_precision import average_precision, is_true_positive
+from models.ssd.detect import Detections
+from models.ssd.matching import PADDING, Targets
+from models.task import Batch
+
+__all__ = ["AnchorErrors", "DetectionMetric", "DetectionOutputs", "anchor_errors"]
+
+
+class AnchorErrors(NamedTuple):
+    """What the anchors of each image got wrong."""
+
+    wrong_N: Tensor
+    """(N,) int64: anchors whose most probable class is not the one they are to predict."""
+    absolute_N: Tensor
+    """(N,) float64: sum over anchors with a box of the absolute errors of their four offsets."""
+    num_anchors: int
+    """Anchors of an image."""
+
+
+class DetectionOutputs(NamedTuple):
+    """What ``predict`` gives for a batch."""
+
+    detections: list[Detections]
+    """One for each image."""
+    errors: AnchorErrors | None
+    """None for images without ground truth."""
+
+
+def anchor_errors(scores_NAK: Tensor, offsets_NA4: Tensor, targets: Targets) -> AnchorErrors:
+    """Sums of which d2l's ``cls_eval`` and ``bbox_eval`` are made, for each image."""
+    wrong_N = (scores_NAK.argmax(dim=2) != targets.labels_NA).sum(dim=1)
+    difference_NA4 = (offsets_NA4.float() - targets.offsets_NA4).masked_fill(~targets.mask_NA[..., None], 0.0)
+    return AnchorErrors(wrong_N, difference_NA4.abs().double().sum(dim=(1, 2)), scores_NAK.shape[1])
+
+
+class _Image(NamedTuple):
+    """What is kept of one image; arrays, since thousands of tensors would not travel between processes."""
+
+    wrong: int
+    absolute: float
+    num_anchors: int
+    boxes_D4: NDArray[np.float32]
+    scores_D: NDArray[np.float32]
+    labels_D: NDArray[np.int64]
+    truth_G4: NDArray[np.float32]
+    truth_labels_G: NDArray[np.int64]
+
+
+class DetectionMetric:
+    """Implements ``models.task.Metric``; an image counts once, however often it is taken in.
+
+    Args:
+        classes: names of the classes, in the order of their labels.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self._classes = tuple(classes)
+        self._images: dict[int, _Image] = {}
+
+    def update(self, outputs: DetectionOutputs, batch: Batch) -> None:
+        """Take in the predictions for one batch that has ground truth."""
+        assert outputs.errors is not None
+        wrong, absolute = outputs.errors.wrong_N.tolist(), outputs.errors.absolute_N.tolist()
+        truth, labels = _array(batch.targets["boxes"]), _array(batch.targets["labels"])
+        for i, image_id in enumerate(batch.ids.tolist()):
+            real = labels[i] != PADDING
+            found = outputs.detections[i]
+            self._images[image_id] = _Image(
+                wrong=wrong[i],
+                absolute=absolute[i],
+                num_anchors=outputs.errors.num_anchors,
+                boxes_D4=_array(found.boxes_D4),
+                scores_D=_array(found.scores_D),
+                labels_D=_array(found.labels_D),
+                truth_G4=truth[i][real],
+                truth_labels_G=labels[i][real],
+            )
+
+    def merge(self, other: Self) -> None:
+        """Take in the images that another worker has seen."""
+        self._images.update(other._images)
+
+    def compute(self) -> dict[str, float]:
+        """The metrics, the same whatever the order of updates and merges.
+
+        Returns:
+            ``ap50``, the mean over classes with ground truth of the average precision at IoU >= 0.5;
+            ``class_error``, the part of all anchors with the wrong class; ``box_mae``, the mean absolute error of
+            offsets over 4 x all anchors, where those without a box count as 0; with several classes ``ap50/NAME`` too.
+            NaN where nothing was counted.
+        """
+        images = [self._images[image_id] for image_id in sorted(self._images)]
+        by_class = [self._average_precision(label, images) for label in range(len(self._classes))]
+        known = [value for value in by_class if not math.isnan(value)]
+        anchors = sum(image.num_anchors for image in images)
+        values = {
+            "ap50": _ratio(math.fsum(known), len(known)),
+            "class_error": _ratio(sum(image.wrong for image in images), anchors),
+            "box_mae": _ratio(math.fsum(image.absolute for image in images), 4 * anchors),
+        }
+        if len(self._classes) > 1:
+            values |= {f"ap50/{name}": value for name, value in zip(self._classes, by_class, strict=True)}
+        return values
+
+    @staticmethod
+    def _average_precision(label: int, images: list[_Image]) -> float:
+        scores, boxes, true, num_boxes = [], [], [], 0
+        for image in images:
+            chosen = image.labels_D == label
+            order = _order(image.scores_D[chosen], image.boxes_D4[chosen])
+            truth_G4 = image.truth_G4[image.truth_labels_G == label]
+            num_boxes += len(truth_G4)
+            scores.append(image.scores_D[chosen][order])
+            boxes.append(image.boxes_D4[chosen][order])
+            true.append(is_true_positive(boxes[-1], truth_G4))
+        if num_boxes == 0:
+            return math.nan
+        # Stable: equal scores stay in the order of image, then box.
+        order = np.argsort(-np.concatenate(scores), kind="stable")
+        return average_precision(np.concatenate(true)[order], num_boxes)
+
+
+def _order(scores_D: NDArray[np.float32], boxes_D4: NDArray[np.float32]) -> NDArray[np.intp]:
+    """By score, best first, then by box."""
+    return np.lexsort((*boxes_D4.T[::-1], -scores_D))
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    return tensor.detach().to("cpu", copy=True).numpy()
+
+
+def _ratio(numerator: float, denominator: int) -> float:
+    return numerator / denominator if denominator else math.nan

@@ -1,0 +1,88 @@
+"""Push and pull for one worker over all servers."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from paramserver.errors import PartitionMismatch
+from paramserver.messages import Commit, MicrobatchStats, Push
+from paramserver.partition import Partition
+from paramserver.reduction import Node
+from paramserver.transport.protocol import Transport
+
+__all__ = ["Client"]
+
+
+class Client:
+    """Splits a worker's flat vectors among the servers and puts versions together again.
+
+    Args:
+        worker: index of the worker, for messages.
+        partition: the run's partition; every server must have the same.
+        transport: the way to the servers.
+        timeout_s: deadline of each wait, in seconds (``--step-timeout``).
+
+    Raises:
+        PartitionMismatch: if a server has another partition.
+    """
+
+    def __init__(self, worker: int, partition: Partition, transport: Transport, timeout_s: float) -> None:
+        self.worker = worker
+        self.partition = partition
+        self._transport = transport
+        self._timeout_s = timeout_s
+        hellos = [transport.hello(server, timeout_s) for server in range(transport.num_servers)]
+        for server, hello in enumerate(hellos):
+            if hello.partition_hash != partition.hash:
+                raise PartitionMismatch(
+                    f"worker {worker} and server {server} cut the parameters differently: they do not run the same "
+                    "model, options or version of PushPull"
+                )
+        self._run, self._generation = hellos[0].run, hellos[0].generation
+        self.version = hellos[0].version
+        self.constants: Mapping[str, Tensor] = hellos[0].constants
+
+    def push(
+        self,
+        step: int,
+        node: Node,
+        flat: Tensor,
+        stats: tuple[MicrobatchStats, ...],
+        integers: Mapping[str, Tensor],
+    ) -> None:
+        """Send the sums over ``node``: a flat (length,) fp32 vector that stays untouched until ``wait`` returns."""
+        for server, pieces in enumerate(self.partition.by_server):
+            slices = {piece.index: flat[piece.start : piece.stop] for piece in pieces}
+            held = integers if server == 0 else {}
+            push = Push(self._run, step, self._generation, self.worker, node, slices, stats, held)
+            self._transport.push(server, push)
+
+    def wait(self, version: int) -> Commit:
+        """Wait until every server has committed ``version``; busy times are added up over the servers."""
+        deadline = time.monotonic() + self._timeout_s
+        commits = [
+            self._transport.wait(server, version, max(0.0, deadline - time.monotonic()))
+            for server in range(self._transport.num_servers)
+        ]
+        stages = commits[0].server_ms
+        busy = {stage: sum(commit.server_ms.get(stage, 0.0) for commit in commits) for stage in stages}
+        return replace(commits[0], server_ms=busy)
+
+    def pull(self, version: int, out: Tensor) -> Mapping[str, Tensor]:
+        """Copy ``version`` into the flat (length,) fp32 vector ``out``; gives the integer buffers back."""
+        integers: dict[str, Tensor] = {}
+        for server, pieces in enumerate(self.partition.by_server):
+            values, held = self._transport.fetch(server, version, self._timeout_s)
+            for piece, value in zip(pieces, values, strict=True):
+                out[piece.start : piece.stop].copy_(value, non_blocking=True)
+            integers.update(held)
+        if out.is_cuda:
+            torch.cuda.current_stream(out.device).synchronize()
+        return integers
+
+    def close(self) -> None:
+        """Give the transport's resources back."""
+        self._transport.close()

@@ -1,0 +1,99 @@
+"""What goes between a worker and a server."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from paramserver.reduction import Node
+
+__all__ = ["Commit", "Decision", "Hello", "MicrobatchStats", "Push", "Report"]
+
+
+class MicrobatchStats(NamedTuple):
+    """What one microbatch counted."""
+
+    microbatch: int
+    """Which microbatch of the step."""
+    loss: float
+    """Summed loss."""
+    weight: float
+    """What the summed loss is divided by, over the whole minibatch."""
+    samples: int
+    """Number of samples; 0 for an empty microbatch."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """A contribution to one step: the sums over one tree node, for slices of one server."""
+
+    run: str
+    """Run id and resume count: a push of an earlier life of the run is refused."""
+    step: int
+    """The open step: its update takes version ``step`` to ``step + 1``."""
+    generation: int
+    """Rises with every change of the membership; older ones are refused."""
+    worker: int
+    """Who computed it, for messages alone."""
+    node: Node
+    """Which microbatches."""
+    slices: Mapping[int, Tensor]
+    """(n,) fp32 by slice index: summed gradients, and for buffers samples x (after - pulled). Not modified."""
+    stats: tuple[MicrobatchStats, ...]
+    """One row for each microbatch of the node."""
+    integers: Mapping[str, Tensor] = field(default_factory=dict)
+    """Integer and boolean buffers after a microbatch; all microbatches must agree. Empty if all were empty."""
+
+
+class Report(NamedTuple):
+    """A server's part of the vote on a step (E8)."""
+
+    server: int
+    squared_norms: tuple[tuple[int, int, str, float], ...]
+    """Key's offset, start of the piece, key, float64 sum of squares of its mean gradient: in key order when sorted."""
+
+
+class Decision(NamedTuple):
+    """What all servers do with a step."""
+
+    apply: bool
+    """False drops the step: version ``t + 1`` is a copy of ``t``."""
+    scale: float
+    """Factor on the mean gradient, 1 unless its norm is clipped."""
+    norm: float
+    """l2 norm of the whole mean gradient."""
+    key: str | None = None
+    """First key with a non-finite gradient."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Word that a server's slices all have version ``version``."""
+
+    version: int
+    stats: tuple[MicrobatchStats, ...]
+    """All microbatches of the step, in order."""
+    lr: float
+    """Learning rate that was applied, before group factors."""
+    skipped: bool = False
+    """Whether the step was dropped."""
+    grad_norm: float | None = None
+    """l2 norm before clipping, where it was computed."""
+    server_ms: Mapping[str, float] = field(default_factory=dict)
+    """Busy time of this server by stage."""
+    last_worker: int | None = None
+    """Whose contribution came last."""
+    stop: bool = False
+    """Whether this is the last version of the run."""
+
+
+class Hello(NamedTuple):
+    """What a worker learns when it first meets a server."""
+
+    run: str
+    generation: int
+    partition_hash: str
+    version: int
+    constants: Mapping[str, Tensor]
+    """Frozen keys: they have no slice and never change. Server 0 alone has them."""

@@ -1,0 +1,106 @@
+"""The state of a run by key: what a checkpoint holds. Knows no slices and no servers, so any number can resume it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from paramserver.errors import ReplicaMismatch
+from paramserver.partition import BUFFERS, Partition
+
+__all__ = ["ServerSnapshot", "SliceSnapshot", "State", "assemble", "slice_optimizer_state"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything an update writes, by key."""
+
+    version: int
+    values: Mapping[str, Tensor]
+    """Trained parameters and float buffers."""
+    integers: Mapping[str, Tensor] = field(default_factory=dict)
+    """Integer and boolean buffers."""
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    """Frozen keys."""
+    optimizer: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Optimizer state by key: tensors of the key's shape, and scalars. Empty before the first step."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and buffers, as ``nn.Module.load_state_dict`` takes them."""
+        return {**self.values, **self.integers, **self.constants}
+
+
+class SliceSnapshot(NamedTuple):
+    """Copies of one slice at one version."""
+
+    values: Tensor
+    optimizer: Mapping[str, Tensor]
+
+
+class ServerSnapshot(NamedTuple):
+    """One server's share of a state."""
+
+    version: int
+    slices: Mapping[int, SliceSnapshot]
+    integers: Mapping[str, Tensor]
+    constants: Mapping[str, Tensor]
+
+
+def assemble(partition: Partition, snapshots: Iterable[ServerSnapshot]) -> State:
+    """Put the servers' shares of one version together.
+
+    Raises:
+        ReplicaMismatch: if the shares are of different versions.
+    """
+    parts = list(snapshots)
+    versions = {part.version for part in parts}
+    if len(versions) != 1:
+        raise ReplicaMismatch(f"servers gave versions {sorted(versions)} of one state")
+    slices = {index: snapshot for part in parts for index, snapshot in part.slices.items()}
+    flat = torch.empty(partition.length)
+    for piece in partition.slices:
+        flat[piece.start : piece.stop] = slices[piece.index].values
+    values = {name: view.clone() for name, view in partition.unflatten(flat).items()}
+    return State(
+        version=versions.pop(),
+        values=values,
+        integers={name: value for part in parts for name, value in part.integers.items()},
+        constants={name: value for part in parts for name, value in part.constants.items()},
+        optimizer=_optimizer_by_key(partition, slices),
+    )
+
+
+def _optimizer_by_key(partition: Partition, slices: Mapping[int, SliceSnapshot]) -> dict[str, dict[str, Tensor]]:
+    flats: dict[str, Tensor] = {}
+    by_key: dict[str, dict[str, Tensor]] = {}
+    for piece in partition.slices:
+        for name, value in slices[piece.index].optimizer.items():
+            if value.ndim == 0:
+                for key, _, _ in partition.pieces[piece.index]:
+                    by_key.setdefault(key.name, {})[name] = value
+            else:
+                flats.setdefault(name, torch.zeros(partition.length))[piece.start : piece.stop] = value
+    for name, flat in flats.items():
+        for key in partition.keys:
+            if key.group != BUFFERS:
+                by_key.setdefault(key.name, {})[name] = key.view(flat).clone()
+    return by_key
+
+
+def slice_optimizer_state(partition: Partition, index: int, state: State) -> dict[str, Tensor]:
+    """The optimizer state of slice ``index``, cut out of the state by key."""
+    piece = partition.slices[index]
+    cut: dict[str, Tensor] = {}
+    for key, start, stop in partition.pieces[index]:
+        for name, value in state.optimizer.get(key.name, {}).items():
+            if value.ndim == 0 and key.numel and name == "step":
+                cut[name] = value
+                continue
+            # The slice sees the key's memory order, which is not row-major under channels_last.
+            flat = torch.empty(key.numel)
+            flat.as_strided(key.shape, key.stride).copy_(value)
+            first = piece.start + start - key.offset
+            cut.setdefault(name, torch.zeros(piece.numel))[start:stop] = flat[first : first + stop - start]
+    return cut

@@ -1,0 +1,1 @@
+"""Ways in which a contribution reaches a server and a version comes back."""

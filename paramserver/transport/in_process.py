@@ -1,0 +1,92 @@
+"""Servers in the worker's own process: for ``single``, for ``ddp``'s update, and for tests with a thread a worker."""
+
+import threading
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from paramserver.errors import StepTimeout
+from paramserver.messages import Commit, Hello, Push, Report
+from paramserver.server import Server
+from paramserver.vote import decide
+
+__all__ = ["InProcessServers", "InProcessTransport"]
+
+
+class InProcessServers:
+    """All servers of a run, driven by whoever waits for them; safe for several threads."""
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        self.servers = list(servers)
+        self._changed = threading.Condition()
+        self._commits: dict[int, Commit] = {}
+        self._reports: dict[int, Report] = {}
+        self._failure: BaseException | None = None
+
+    def push(self, server: int, push: Push) -> None:
+        """Give a contribution to a server; the step is updated by a ``wait``."""
+        with self._changed:
+            self.servers[server].push(push)
+            self._changed.notify_all()
+
+    def _advance(self) -> None:
+        try:
+            if not self.servers[0].config.needs_vote:
+                for server in self.servers:
+                    if server.ready:
+                        server.update()
+                        self._commits[server.index] = server.commit()
+            elif all(server.ready for server in self.servers):
+                decision = decide([server.report() for server in self.servers], self.servers[0].config)
+                for server in self.servers:
+                    server.update(decision)
+                    self._commits[server.index] = server.commit()
+        except BaseException as error:
+            self._failure = error  # every other waiting thread must hear of it
+
+    def wait(self, server: int, version: int, timeout_s: float) -> Commit:
+        """Wait for a commit; see ``Transport.wait``."""
+
+        def arrived() -> bool:
+            self._advance()
+            return self._failure is not None or self.servers[server].version >= version
+
+        with self._changed:
+            done = self._changed.wait_for(arrived, timeout_s)
+            self._changed.notify_all()
+            if self._failure is not None:
+                raise self._failure
+            if not done:
+                missing = self.servers[server].missing()
+                raise StepTimeout(
+                    f"step {version}: server {server} waits for microbatches {missing} after {timeout_s} s"
+                )
+            return self._commits[server]
+
+
+class InProcessTransport:
+    """One worker's way to ``InProcessServers``: nothing is copied."""
+
+    def __init__(self, servers: InProcessServers) -> None:
+        self._servers = servers
+        self.num_servers = len(servers.servers)
+
+    def hello(self, server: int, timeout_s: float) -> Hello:
+        """See ``Transport.hello``."""
+        return self._servers.servers[server].hello()
+
+    def push(self, server: int, push: Push) -> None:
+        """See ``Transport.push``."""
+        self._servers.push(server, push)
+
+    def wait(self, server: int, version: int, timeout_s: float) -> Commit:
+        """See ``Transport.wait``."""
+        return self._servers.wait(server, version, timeout_s)
+
+    def fetch(self, server: int, version: int, timeout_s: float) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
+        """See ``Transport.fetch``."""
+        held = self._servers.servers[server]
+        return held.values(version), held.integers(version)
+
+    def close(self) -> None:
+        """See ``Transport.close``."""

@@ -1,0 +1,42 @@
+"""The seam between a worker's client and its servers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from paramserver.messages import Commit, Hello, Push
+
+__all__ = ["Transport"]
+
+
+class Transport(Protocol):
+    """Carries pushes to servers and versions back; one object a worker.
+
+    A push may arrive late, twice or in any order: servers sort that out. Errors of a server are raised here, by the
+    next call, as the class the server raised.
+    """
+
+    num_servers: int
+
+    def hello(self, server: int, timeout_s: float) -> Hello:
+        """What the server says of itself."""
+
+    def push(self, server: int, push: Push) -> None:
+        """Send a contribution. Its tensors may be overwritten once ``wait`` has returned the step's commit."""
+
+    def wait(self, server: int, version: int, timeout_s: float) -> Commit:
+        """Wait until the server has committed ``version``.
+
+        Raises:
+            StepTimeout: naming what the server still waits for.
+        """
+
+    def fetch(self, server: int, version: int, timeout_s: float) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
+        """The server's slices and integer buffers at a committed version; not to be written.
+
+        The tensors stay valid until this worker has pushed its contribution to the step that follows.
+        """
+
+    def close(self) -> None:
+        """Give everything back that this object holds."""

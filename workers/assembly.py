@@ -1,0 +1,79 @@
+"""Putting a worker together, for each backend, out of the same parts."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.utils.data
+from torch import Tensor, nn
+
+from models.task import Task
+from paramserver.client import Client
+from paramserver.config import OptimizerConfig, ServerConfig
+from paramserver.partition import Partition
+from paramserver.state import State
+from paramserver.transport.protocol import Transport
+from workers.config import WorkerConfig
+from workers.device import setup_device
+from workers.local_servers import LocalServers
+from workers.param_server import ParamServerBackend
+from workers.replica import Replica, describe_model
+from workers.seeding import seeded
+from workers.single import SingleBackend
+from workers.worker import Worker
+
+__all__ = ["Parts", "build_param_server_worker", "build_parts", "build_single_worker", "sample_loss"]
+
+
+class Parts(NamedTuple):
+    """A model on its device, how it is cut, and its initial state."""
+
+    replica: Replica
+    partition: Partition
+    state: State
+
+
+def build_parts(task: Task, config: WorkerConfig, optimizer: OptimizerConfig, servers: ServerConfig) -> Parts:
+    """Build the model under the run's seed, so that every process has the same, and carve it into a flat vector."""
+    device = setup_device(config)
+    with seeded("model", config.plan.seed):
+        model = task.build_model()
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(device=device, memory_format=layout).train()  # type: ignore[call-overload]
+    partition, state = describe_model(model, optimizer, servers)
+    return Parts(Replica(model, partition), partition, state)
+
+
+def build_single_worker(
+    task: Task,
+    config: WorkerConfig,
+    optimizer: OptimizerConfig,
+    servers: ServerConfig,
+    stop_requested: Callable[[], bool],
+    resume: State | None = None,
+) -> tuple[Worker, SingleBackend]:
+    """The only worker of a ``single`` run."""
+    replica, partition, state = build_parts(task, config, optimizer, servers)
+    local = LocalServers(partition, optimizer, config.plan.microbatches, resume or state)
+    backend = SingleBackend(replica, local, config.plan.microbatches, stop_requested, config.step_timeout_s)
+    return Worker(task, config, replica, backend), backend
+
+
+def build_param_server_worker(
+    task: Task, config: WorkerConfig, parts: Parts, transport: Transport
+) -> tuple[Worker, ParamServerBackend]:
+    """One worker of a parameter-server run."""
+    client = Client(config.worker, parts.partition, transport, config.step_timeout_s)
+    backend = ParamServerBackend(parts.replica, client, config.plan.microbatches)
+    return Worker(task, config, parts.replica, backend), backend
+
+
+def sample_loss(task: Task, device: torch.device, *, channels_last: bool) -> Callable[[nn.Module], Tensor]:
+    """The loss of the first training sample: what a rank without samples calls ``backward`` on."""
+
+    def loss(model: nn.Module) -> Tensor:
+        with seeded("empty"):
+            batch = task.collate([task.build_dataset("train")[0]] * 2)
+        return task.loss(model, batch.to(device, channels_last=channels_last)).total
+
+    return loss

@@ -1,0 +1,204 @@
+"""Backend of a torchrun rank: DistributedDataParallel sums the gradients, the shared optimizer updates every rank."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.task import Metric
+from paramserver.client import Client
+from paramserver.errors import ReplicaMismatch
+from paramserver.messages import Commit, MicrobatchStats
+from paramserver.reduction import Node, TreeSum
+from paramserver.state import State
+from paramserver.transport.in_process import InProcessTransport
+from workers.local_servers import LocalServers
+from workers.replica import Replica
+from workers.timing import PHASES, PhaseTimer
+
+__all__ = ["DdpBackend"]
+
+
+class DdpBackend:
+    """One rank. Held to the numbers of the other backends (E7).
+
+    Autograd adds a rank's microbatches one after the other and gloo or NCCL adds the ranks: that is the canonical tree
+    for two ranks with at most two microbatches each, and differs from it in the last bits otherwise.
+
+    Args:
+        replica: this rank's model.
+        servers: the rank's own copy of parameters and optimizer state.
+        num_microbatches: ``M``.
+        empty_loss: loss of any sample, for a rank that has none: its backward drives the all-reduce, as zeros.
+        stop_requested: asked at each commit whether the run is to end there; one rank is enough.
+        timeout_s: deadline of each wait.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        servers: LocalServers,
+        num_microbatches: int,
+        empty_loss: Callable[[nn.Module], Tensor],
+        stop_requested: Callable[[], bool],
+        timeout_s: float,
+    ) -> None:
+        self._replica = replica
+        self._servers = servers
+        self._num_microbatches = num_microbatches
+        self._empty_loss = empty_loss
+        self._stop_requested = stop_requested
+        self._client = Client(dist.get_rank(), replica.partition, InProcessTransport(servers.group), timeout_s)
+        self.version = self._client.version
+        gpu = [replica.device.index] if replica.device.type == "cuda" else None
+        self.module: nn.Module = DistributedDataParallel(
+            replica.model, device_ids=gpu, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        self.module.register_comm_hook(None, self._sum_bucket)
+        self._zero_buckets = False
+        self._synchronised = False
+        self._last_bucket_at = 0.0
+        self._root = torch.zeros(replica.partition.length, device=replica.device)
+        self._buffer_sums = TreeSum[Tensor](num_microbatches)
+        self._stats: list[MicrobatchStats] = []
+        self._integers: dict[str, Tensor] = {}
+        replica.load({}, self._client.constants)
+
+    def _sum_bucket(self, _state: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+        # A sum, where DDP's default is a mean: the division by the total weight comes once, on the whole sum.
+        buffer = bucket.buffer()
+        if self._zero_buckets:
+            buffer.zero_()
+        self._last_bucket_at = time.perf_counter()
+        work = dist.all_reduce(buffer, async_op=True)
+        assert work is not None
+        future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+        return future
+
+    def pull(self, timer: PhaseTimer) -> None:
+        """See ``Backend.pull``."""
+        with timer.phase("pull"):
+            self._servers.load(self._replica, self.version)
+
+    @contextmanager
+    def microbatch(self, index: int, *, last: bool) -> Iterator[None]:
+        """See ``Backend.microbatch``: all but the last add up locally."""
+        self._replica.reset_buffers()
+        with nullcontext() if last else self.module.no_sync():  # type: ignore[operator]
+            yield
+        self._synchronised |= last
+        self._backward_done_at = time.perf_counter()
+
+    def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
+        """See ``Backend.contribute``: gradients stay where DDP sums them, only buffers are taken."""
+        with timer.phase("reduce"):
+            leaf = torch.zeros_like(self._root) if self._replica.has_buffers else self._root
+            if stats.samples and self._replica.has_buffers:
+                self._replica.take_buffer_changes(leaf, stats.samples)
+            if stats.samples:
+                self._integers = self._replica.integers()
+            self._stats.append(stats)
+            self._buffer_sums.fold(Node(stats.microbatch, stats.microbatch + 1), leaf, torch.add)
+
+    def finish(self, timer: PhaseTimer) -> Commit:
+        """See ``Backend.finish``."""
+        if self._synchronised:
+            # The end of backward waits for the last buckets: that is communication.
+            timer.move(self._backward_done_at - self._last_bucket_at, "compute", "push")
+        else:
+            with timer.phase("push"):
+                self._join_with_zeros()
+        with timer.phase("push"):
+            stats, integers, stop = self._exchange()
+            self._replica.take_gradients(self._root)
+        with timer.phase("update"):
+            node = Node(0, self._num_microbatches)
+            self._client.push(self.version, node, self._root.cpu(), stats, integers)
+            commit = self._client.wait(self.version + 1)
+        timer.move(1e-3 * commit.server_ms["aggregate"], "update", "aggregate")
+        self.version += 1
+        self._synchronised = False
+        self._stats.clear()
+        self._integers = {}
+        return replace(commit, stop=stop)
+
+    def _join_with_zeros(self) -> None:
+        self._zero_buckets = True
+        try:
+            self._empty_loss(self.module).backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._zero_buckets = False
+
+    def _exchange(self) -> tuple[tuple[MicrobatchStats, ...], dict[str, Tensor], bool]:
+        """One small all-reduce: rows of all microbatches, buffer changes, integer buffers, and whether to stop."""
+        M = self._num_microbatches
+        rows = torch.zeros(M, 3, dtype=torch.float64)
+        for row in self._stats:
+            rows[row.microbatch] = torch.tensor(row[1:], dtype=torch.float64)
+        changes = torch.zeros(0)
+        if self._replica.has_buffers:
+            # float64 sums of two fp32 numbers, rounded once, are the fp32 sums: 53 >= 2 x 24 + 2 bits.
+            changes = self._replica.buffer_part(self._join_nodes()).cpu()
+        models = self._replica.integer_buffers
+        sizes = [value.numel() for value in models.values()]
+        counted = [self._integers[name].reshape(-1) for name in models] if self._integers else []
+        integers = torch.cat(counted).double() if counted else torch.zeros(sum(sizes), dtype=torch.float64)
+        flags = torch.tensor([self._stop_requested(), bool(self._integers)], dtype=torch.float64)
+        message = torch.cat([rows.reshape(-1), changes.double(), integers, flags])
+        dist.all_reduce(message)
+        rows_sum, changes_sum, integers_sum, flags = message.split(  # type: ignore[no-untyped-call]
+            [3 * M, changes.numel(), sum(sizes), 2]
+        )
+        if self._replica.has_buffers:
+            self._replica.buffer_part(self._root).copy_(changes_sum)
+        agreed = integers_sum / flags[1]
+        if self._integers and not torch.equal(agreed, integers):
+            raise ReplicaMismatch(
+                f"integer buffers differ between the ranks in step {self.version + 1}: {list(models)}"
+            )
+        values = {
+            name: part.reshape(value.shape).to(value.dtype)
+            for (name, value), part in zip(models.items(), agreed.split(sizes), strict=True)
+        }
+        stats = tuple(
+            MicrobatchStats(index, float(loss), float(weight), int(samples))
+            for index, (loss, weight, samples) in enumerate(rows_sum.view(M, 3).tolist())
+        )
+        return stats, values, bool(flags[0])
+
+    def _join_nodes(self) -> Tensor:
+        (_, total), *others = self._buffer_sums.pop_all()
+        for _, other in others:
+            total = total + other
+        return total
+
+    def merge_metric(self, metric: Metric) -> Metric | None:
+        """See ``Backend.merge_metric``: rank 0 gets it."""
+        parts: list[Metric | None] = [None] * dist.get_world_size()
+        dist.gather_object(metric, parts if dist.get_rank() == 0 else None)
+        if dist.get_rank() != 0:
+            return None
+        for other in parts[1:]:
+            assert other is not None
+            metric.merge(other)
+        return metric
+
+    def mean_phases(self, phases_ms: dict[str, float]) -> dict[str, float]:
+        """See ``Backend.mean_phases``."""
+        values = torch.tensor([phases_ms[name] for name in PHASES], dtype=torch.float64)
+        dist.all_reduce(values)
+        return dict(zip(PHASES, (values / dist.get_world_size()).tolist(), strict=True))
+
+    def state(self) -> State:
+        """A copy of everything at the committed version."""
+        return self._servers.state()
+
+    def close(self) -> None:
+        """See ``Backend.close``."""
+        self._client.close()

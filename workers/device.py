@@ -1,0 +1,59 @@
+"""Making a process compute as one device of the run, the same way on every backend."""
+
+import os
+import platform
+
+import torch
+
+from paramserver.errors import ConfigError
+from workers.config import WorkerConfig
+
+__all__ = ["device_kind", "setup_device"]
+
+
+def setup_device(config: WorkerConfig) -> torch.device:
+    """Pin threads, choose reproducible kernels, and return the device.
+
+    Raises:
+        ConfigError: if a GPU is wanted that is not there.
+    """
+    torch.set_num_threads(config.threads)
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if config.device_index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"worker {config.worker} wants GPU {config.device_index}, but {torch.cuda.device_count()} are visible: "
+            "lower --workers, or set --share-device"
+        )
+    torch.backends.cudnn.benchmark = False  # it would choose kernels by a race
+    torch.backends.cudnn.deterministic = True
+    device = torch.device("cuda", config.device_index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def device_kind(config: WorkerConfig) -> dict[str, str | int | bool]:
+    """What must be equal on all devices of a run for equal bits: model, instruction set, libraries, threads."""
+    kind: dict[str, str | int | bool] = {
+        "device": config.device,
+        "torch": torch.__version__,
+        "threads": config.threads,
+        "channels_last": config.channels_last,
+        "precision": config.precision,
+        "mkldnn": bool(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu": _cpu_model(),
+    }
+    if config.device == "cuda":
+        kind["gpu"] = torch.cuda.get_device_name(config.device_index)
+        kind["cuda"] = str(torch.version.cuda)
+    return kind
+
+
+def _cpu_model() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor()

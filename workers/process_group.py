@@ -1,0 +1,42 @@
+"""Joining and leaving torchrun's process group: one of the two files that import ``torch.distributed``."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Rank", "process_group", "torchrun_rank"]
+
+
+class Rank(NamedTuple):
+    """This process's place, as torchrun says it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def torchrun_rank() -> Rank | None:
+    """Place of this process, or None if torchrun did not start it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not all(name in os.environ for name in names):
+        return None
+    return Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
+    """The default group of all ranks: NCCL on GPUs (gloo beside it for CPU tensors), gloo on CPUs."""
+    if os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1"):
+        # Gloo looks its interface up by the host's name, which need not resolve to anything that is there.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

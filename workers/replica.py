@@ -1,0 +1,158 @@
+"""A device's copy of the model: its parameters lie in one flat vector, its gradients are taken out into another."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from paramserver.config import OptimizerConfig, ServerConfig
+from paramserver.errors import ConfigError
+from paramserver.partition import BUFFERS, KeySpec, Partition, make_partition
+from paramserver.state import State
+
+__all__ = ["Replica", "describe_model"]
+
+
+def describe_model(model: nn.Module, optimizer: OptimizerConfig, servers: ServerConfig) -> tuple[Partition, State]:
+    """Partition and initial state of a model; freezes the keys that the optimizer's patterns name.
+
+    The model must have its final memory format. Keys are laid out in reverse order of ``named_parameters``: about the
+    order in which backward produces them.
+
+    Raises:
+        ConfigError: if a pattern fits no key, a key is not fp32, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    optimizer.check_patterns(list(parameters))
+    for name, parameter in parameters.items():
+        if optimizer.is_frozen(name):
+            parameter.requires_grad_(False)
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    if not trained:
+        raise ConfigError("every parameter is frozen: nothing is left to train")
+    persistent = model.state_dict(keep_vars=True)
+    buffers = {name: value for name, value in model.named_buffers() if name in persistent}
+    floats = {name: value for name, value in buffers.items() if value.is_floating_point()}
+    for name, value in {**trained, **floats}.items():
+        if value.dtype != torch.float32:
+            raise ConfigError(f"{name!r} is {value.dtype}: parameters and float buffers must be float32")
+    factors = sorted({optimizer.lr_factor(name) for name in trained})
+    specs = [_spec(name, value, factors.index(optimizer.lr_factor(name))) for name, value in reversed(trained.items())]
+    specs += [_spec(name, value, BUFFERS) for name, value in floats.items()]
+    copies = {name: value.detach().cpu().clone() for name, value in persistent.items()}
+    state = State(
+        version=0,
+        values={name: copies[name] for name in (*trained, *floats)},
+        integers={name: copies[name] for name in buffers if name not in floats},
+        constants={name: copies[name] for name in parameters if name not in trained},
+    )
+    return make_partition(specs, servers), state
+
+
+def _spec(name: str, value: Tensor, group: int) -> KeySpec:
+    dense = value.is_contiguous() or (value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last))
+    if not dense:
+        raise ConfigError(f"{name!r} is neither contiguous nor channels-last: make it so in build_model")
+    return KeySpec(name, tuple(value.shape), tuple(value.stride()), group)
+
+
+class Replica:
+    """A model whose parameters are views of one flat fp32 vector.
+
+    Args:
+        model: on its device, in its final memory format.
+        partition: of this model.
+    """
+
+    def __init__(self, model: nn.Module, partition: Partition) -> None:
+        self.model = model
+        self.partition = partition
+        self.device = next(model.parameters()).device
+        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        self._parameters = [(key, parameters[key.name]) for key in partition.keys if key.group != BUFFERS]
+        self._buffers = [(key, buffers[key.name]) for key in partition.keys if key.group == BUFFERS]
+        held = {key.name for key in partition.keys}
+        persistent = model.state_dict(keep_vars=True)
+        self._integers = {name: buffers[name] for name in buffers if name in persistent and name not in held}
+        self._pulled_integers = {name: value.detach().clone() for name, value in self._integers.items()}
+        self._constants = {name: value for name, value in parameters.items() if name not in held}
+        self.values = torch.zeros(partition.length, device=self.device)
+        """The pulled version, as a flat (length,) vector."""
+        for key, parameter in self._parameters:
+            key.view(self.values).copy_(parameter.detach())
+        for key, buffer in self._buffers:
+            key.view(self.values).copy_(buffer)
+        self.point_to(self.values)
+
+    def point_to(self, flat: Tensor) -> None:
+        """Make a flat (length,) vector on this device the parameters, without copying.
+
+        Must not happen between forward and backward: autograd would silently read the new values.
+        """
+        self.values = flat
+        for key, parameter in self._parameters:
+            parameter.data = key.view(flat)
+
+    def load(self, integers: Mapping[str, Tensor], constants: Mapping[str, Tensor] | None = None) -> None:
+        """Take integer buffers (and frozen keys) of the version that now lies in ``values``; reset all buffers."""
+        for name, value in integers.items():
+            self._pulled_integers[name].copy_(value)
+        for name, value in (constants or {}).items():
+            with torch.no_grad():
+                self._constants[name].copy_(value)
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Give the model private copies of the pulled buffers: every microbatch starts from them (E4)."""
+        for key, buffer in self._buffers:
+            buffer.copy_(key.view(self.values))
+        for name, value in self._integers.items():
+            value.copy_(self._pulled_integers[name])
+
+    @torch.no_grad()
+    def take_gradients(self, out: Tensor) -> None:
+        """Write the gradients into the parameters' part of ``out`` (length,) and drop them."""
+        for key, parameter in self._parameters:
+            view = key.view(out)
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                view.copy_(parameter.grad)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def take_buffer_changes(self, out: Tensor, samples: int) -> None:
+        """Write samples x (after - pulled) into the buffers' part of ``out`` (length,)."""
+        for key, buffer in self._buffers:
+            torch.sub(buffer, key.view(self.values), out=key.view(out)).mul_(samples)
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether the model has float buffers."""
+        return bool(self._buffers)
+
+    def buffer_part(self, flat: Tensor) -> Tensor:
+        """The part of a flat (length,) vector where the float buffers lie: they come last."""
+        return flat[self._buffers[0][0].offset :]
+
+    @property
+    def integer_buffers(self) -> Mapping[str, Tensor]:
+        """The model's integer and boolean buffers, by key."""
+        return self._integers
+
+    def integers(self) -> dict[str, Tensor]:
+        """Copies of the integer and boolean buffers as the last microbatch left them, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self._integers.items()}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model with the pulled buffers, in evaluation mode and without gradients."""
+        self.reset_buffers()
+        self.model.eval()
+        try:
+            with torch.no_grad():  # inference mode would poison what tasks cache, anchors for instance
+                yield self.model
+        finally:
+            self.model.train()

@@ -1,0 +1,55 @@
+"""Backend of ``single``: the same reduction and optimizer on the same layout, in one process, without Ray."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from paramserver.client import Client
+from paramserver.messages import Commit
+from paramserver.state import State
+from paramserver.transport.in_process import InProcessTransport
+from workers.local_servers import LocalServers
+from workers.param_server import ParamServerBackend
+from workers.replica import Replica
+from workers.timing import PhaseTimer
+
+__all__ = ["SingleBackend"]
+
+
+class SingleBackend(ParamServerBackend):
+    """A parameter-server worker whose only server lives in its own process.
+
+    Args:
+        replica: the model.
+        servers: where it is updated.
+        num_microbatches: ``M``.
+        stop_requested: asked at each commit whether the run is to end there.
+        timeout_s: deadline of each wait.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        servers: LocalServers,
+        num_microbatches: int,
+        stop_requested: Callable[[], bool],
+        timeout_s: float,
+    ) -> None:
+        client = Client(0, replica.partition, InProcessTransport(servers.group), timeout_s)
+        super().__init__(replica, client, num_microbatches)
+        self._servers = servers
+        self._stop_requested = stop_requested
+
+    def pull(self, timer: PhaseTimer) -> None:
+        """See ``Backend.pull``."""
+        with timer.phase("pull"):
+            self._servers.load(self._replica, self.version)
+            self._free += self._sent
+            self._sent.clear()
+
+    def finish(self, timer: PhaseTimer) -> Commit:
+        """See ``Backend.finish``."""
+        return replace(super().finish(timer), stop=self._stop_requested())
+
+    def state(self) -> State:
+        """A copy of everything at the committed version."""
+        return self._servers.state()

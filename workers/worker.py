@@ -1,0 +1,106 @@
+"""The training loop, one for all backends."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from models.task import Batch, Task
+from paramserver.messages import MicrobatchStats
+from workers.backend import Backend
+from workers.config import WorkerConfig
+from workers.evaluation import evaluate
+from workers.minibatch import MinibatchPlan, deal_runs
+from workers.replica import Replica
+from workers.report import EvaluationReport, LedgerRow, StepReport
+from workers.samples import MicrobatchLoader
+from workers.seeding import seeded
+from workers.timing import PhaseTimer
+
+__all__ = ["Worker"]
+
+
+class Worker:
+    """Computes its run of microbatches of every step.
+
+    Args:
+        task: what is learned.
+        config: this worker's place and settings.
+        replica: its model.
+        backend: how gradients become the next version.
+    """
+
+    def __init__(self, task: Task, config: WorkerConfig, replica: Replica, backend: Backend) -> None:
+        self._task = task
+        self._config = config
+        self._replica = replica
+        self._backend = backend
+        dataset = task.build_dataset("train")
+        self.plan = MinibatchPlan(config.plan, len(dataset))  # type: ignore[arg-type]
+        self._run = deal_runs(config.plan.microbatches, config.num_workers)[config.worker]
+        self._timer = PhaseTimer()
+        self._loader = MicrobatchLoader(
+            task, dataset, self.plan, self._run, backend.version, pin_memory=replica.device.type == "cuda"
+        )
+
+    def run(self) -> Iterator[StepReport | EvaluationReport]:
+        """Take step after step; between two reports the caller may read the version just committed."""
+        config = self._config
+        while self._backend.version < config.plan.steps:
+            report = self._step(self._backend.version)
+            yield report
+            due = config.eval_every and report.step % config.eval_every == 0
+            if config.evaluate and (due or report.stop):
+                yield from self._evaluation(report.step)
+            if report.stop:
+                return
+
+    def _step(self, step: int) -> StepReport:
+        begin = time.perf_counter()
+        self._backend.pull(self._timer)
+        microbatches = self.plan.microbatches(step)
+        filled = [index for index in self._run if microbatches[index]]
+        for index in self._run:
+            if microbatches[index]:
+                stats = self._microbatch(step, index, last=index == filled[-1])
+            else:
+                stats = MicrobatchStats(index, 0.0, 0.0, 0)
+            self._backend.contribute(stats, self._timer)
+        commit = self._backend.finish(self._timer)
+        step_ms = 1e3 * (time.perf_counter() - begin)
+        ledger = tuple(LedgerRow(index, self._config.worker, microbatches[index]) for index in self._run)
+        return StepReport(
+            step=commit.version,
+            epoch=self.plan.epoch(step),
+            worker=self._config.worker,
+            commit=commit,
+            ledger=ledger,
+            step_ms=step_ms,
+            phases_ms=self._backend.mean_phases(self._timer.take_ms()),
+            stop=commit.stop or commit.version == self._config.plan.steps,
+        )
+
+    def _microbatch(self, step: int, index: int, *, last: bool) -> MicrobatchStats:
+        with self._timer.phase("split"):
+            batch = self._next_batch()
+        with self._timer.phase("compute"), self._backend.microbatch(index, last=last):
+            with seeded("microbatch", self._config.plan.seed, step, index, device=self._replica.device):
+                with self._autocast():
+                    loss = self._task.loss(self._backend.module, batch)
+                loss.total.backward()  # type: ignore[no-untyped-call]
+            # Reading the loss waits for the device, so that its time is booked here and not on the next stage.
+            return MicrobatchStats(index, float(loss.total.detach()), float(loss.weight), len(batch))
+
+    def _next_batch(self) -> Batch:
+        return self._loader.next().to(self._replica.device, channels_last=self._config.channels_last)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self._config.precision == "bf16"
+        return torch.autocast(self._replica.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _evaluation(self, step: int) -> Iterator[EvaluationReport]:
+        begin = time.perf_counter()
+        self._backend.pull(PhaseTimer())  # the version just committed, outside of the step's stages
+        metric = self._backend.merge_metric(evaluate(self._task, self._replica, self._config))
+        if metric is not None:
+            yield EvaluationReport(step, self._config.worker, metric, time.perf_counter() - begin)
