@@ -4,7 +4,7 @@ It is not on the path of a step: workers run freely and the servers' commit is t
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -126,8 +126,11 @@ class Coordinator:
         kind = WorkerLost if role == "worker" else ServerLost
         return kind(f"{role} {index}{where} died: look at its log, or resume with --resume", **{role: index})
 
-    def run(self) -> Iterator[StepReport | EvaluationReport]:
+    def run(self, stop_requested: Callable[[], bool]) -> Iterator[StepReport | EvaluationReport]:
         """Let the workers train; gives each step once all have reported it, and each evaluation, in order of steps.
+
+        Args:
+            stop_requested: asked often; once it says so, the run ends with the version that is committed next.
 
         Raises:
             WorkerLost, ServerLost, StepTimeout: naming who.
@@ -137,7 +140,11 @@ class Coordinator:
         indices = {stream: index for index, stream in enumerate(streams)}
         merged = _Merger(len(streams))
         quiet_since = time.monotonic()
+        stopping = False
         while indices:
+            if not stopping and stop_requested():
+                stopping = True
+                self._servers[0].request_stop.remote()
             ready, _ = ray.wait(list(indices), num_returns=1, timeout=_POLL_S, fetch_local=False)
             if not ready:
                 self._check_quiet(quiet_since, sorted(indices.values()))
@@ -157,10 +164,6 @@ class Coordinator:
         limit = 2.0 * self._config.worker.step_timeout_s
         if time.monotonic() - since > limit:
             raise StepTimeout(f"no word from workers {indices} for {limit:.0f} s (twice --step-timeout)")
-
-    def request_stop(self) -> None:
-        """Let the run end with the version that is committed next."""
-        self._servers[0].request_stop.remote()
 
     def state(self, version: int, *, release: bool = False) -> State:
         """A copy of everything at ``version``: the last one, or one that is held (and is given free)."""

@@ -117,10 +117,13 @@ class Server:
             ReplicaMismatch: integer buffers differ from those of another microbatch.
         """
         self._check(push)
-        for index, values in push.slices.items():
-            self._sums[index].insert(push.node, values)
         if self.index == 0:
             self._agree(push.integers, push)
+        fresh = [self._sums[index].insert(push.node, values) for index, values in push.slices.items()]
+        if fresh and not any(fresh):
+            return
+        if self.index == 0:
+            self._new_integers.update((name, value.clone()) for name, value in push.integers.items())
         self._stats.update((row.microbatch, row) for row in push.stats)
         self._last_worker = push.worker
 
@@ -145,7 +148,7 @@ class Server:
 
     def _agree(self, integers: Mapping[str, Tensor], push: Push) -> None:
         for name, value in integers.items():
-            known = self._new_integers.setdefault(name, value.clone())
+            known = self._new_integers.get(name, value)
             if not torch.equal(known, value):
                 raise ReplicaMismatch(
                     f"buffer {name!r} differs between the microbatches of step {push.step} ({known} and {value}): "
@@ -169,7 +172,9 @@ class Server:
     def _mean(self, piece: Slice, out: Tensor | None = None) -> Tensor:
         """Root of the tree / total weight, in scratch memory that the next call may use again, or in ``out``."""
         total = self._sums[piece.index].reduce(self._scratch.add)
-        count = sum(row.samples if piece.group == BUFFERS else row.weight for row in self._stats.values())
+        # In microbatch order, not in that of arrival: weights need not be whole numbers.
+        rows = (self._stats[index] for index in range(self._num_microbatches))
+        count = sum(row.samples if piece.group == BUFFERS else row.weight for row in rows)
         # A tensor, not a number: by a number CUDA multiplies with the reciprocal, which is another result.
         divisor = torch.tensor(max(1.0, float(count)), dtype=torch.float32, device=total.device)
         return torch.div(total, divisor, out=self._scratch.take(piece.numel) if out is None else out)

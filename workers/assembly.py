@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.utils.data
 from torch import Tensor, nn
 
 from models.task import Task
@@ -14,6 +13,7 @@ from paramserver.partition import Partition
 from paramserver.state import State
 from paramserver.transport.protocol import Transport
 from workers.config import WorkerConfig
+from workers.ddp import DdpBackend
 from workers.device import setup_device
 from workers.local_servers import LocalServers
 from workers.param_server import ParamServerBackend
@@ -22,7 +22,7 @@ from workers.seeding import seeded
 from workers.single import SingleBackend
 from workers.worker import Worker
 
-__all__ = ["Parts", "build_param_server_worker", "build_parts", "build_single_worker", "sample_loss"]
+__all__ = ["Parts", "build_ddp_worker", "build_param_server_worker", "build_parts", "build_single_worker"]
 
 
 class Parts(NamedTuple):
@@ -68,7 +68,23 @@ def build_param_server_worker(
     return Worker(task, config, parts.replica, backend), backend
 
 
-def sample_loss(task: Task, device: torch.device, *, channels_last: bool) -> Callable[[nn.Module], Tensor]:
+def build_ddp_worker(
+    task: Task,
+    config: WorkerConfig,
+    optimizer: OptimizerConfig,
+    servers: ServerConfig,
+    stop_requested: Callable[[], bool],
+    resume: State | None = None,
+) -> tuple[Worker, DdpBackend]:
+    """One torchrun rank; the process group must have been joined."""
+    replica, partition, state = build_parts(task, config, optimizer, servers)
+    local = LocalServers(partition, optimizer, config.plan.microbatches, resume or state)
+    empty_loss = _sample_loss(task, replica.device, channels_last=config.channels_last)
+    backend = DdpBackend(replica, local, config.plan.microbatches, empty_loss, stop_requested, config.step_timeout_s)
+    return Worker(task, config, replica, backend), backend
+
+
+def _sample_loss(task: Task, device: torch.device, *, channels_last: bool) -> Callable[[nn.Module], Tensor]:
     """The loss of the first training sample: what a rank without samples calls ``backward`` on."""
 
     def loss(model: nn.Module) -> Tensor:

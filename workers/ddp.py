@@ -1,5 +1,6 @@
 """Backend of a torchrun rank: DistributedDataParallel sums the gradients, the shared optimizer updates every rank."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -102,7 +103,7 @@ class DdpBackend:
             if stats.samples and self._replica.has_buffers:
                 self._replica.take_buffer_changes(leaf, stats.samples)
             if stats.samples:
-                self._integers = self._replica.integers()
+                self._integers = self._replica.agreed_integers(self._integers)
             self._stats.append(stats)
             self._buffer_sums.fold(Node(stats.microbatch, stats.microbatch + 1), leaf, torch.add)
 
@@ -194,6 +195,12 @@ class DdpBackend:
         values = torch.tensor([phases_ms[name] for name in PHASES], dtype=torch.float64)
         dist.all_reduce(values)
         return dict(zip(PHASES, (values / dist.get_world_size()).tolist(), strict=True))
+
+    def gather_pids(self) -> list[int]:
+        """Process ids of all ranks."""
+        pids: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(pids, os.getpid())
+        return pids
 
     def state(self) -> State:
         """A copy of everything at the committed version."""

@@ -57,7 +57,7 @@ class ParamServerBackend:
             if stats.samples:
                 self._replica.take_gradients(leaf)
                 self._replica.take_buffer_changes(leaf, stats.samples)
-                self._integers = self._replica.integers()
+                self._integers = self._replica.agreed_integers(self._integers)
             else:
                 leaf.zero_()
             self._stats.append(stats)

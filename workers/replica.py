@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.config import OptimizerConfig, ServerConfig
-from paramserver.errors import ConfigError
+from paramserver.errors import ConfigError, ReplicaMismatch
 from paramserver.partition import BUFFERS, KeySpec, Partition, make_partition
 from paramserver.state import State
 
@@ -126,7 +126,9 @@ class Replica:
     def take_buffer_changes(self, out: Tensor, samples: int) -> None:
         """Write samples x (after - pulled) into the buffers' part of ``out`` (length,)."""
         for key, buffer in self._buffers:
-            torch.sub(buffer, key.view(self.values), out=key.view(out)).mul_(samples)
+            pulled = key.view(self.values)
+            change = torch.sub(buffer, pulled, out=key.view(out)).mul_(samples)
+            change.masked_fill_(buffer == pulled, 0.0)  # an infinity that nobody touched: inf - inf is no number
 
     @property
     def has_buffers(self) -> bool:
@@ -145,6 +147,21 @@ class Replica:
     def integers(self) -> dict[str, Tensor]:
         """Copies of the integer and boolean buffers as the last microbatch left them, on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self._integers.items()}
+
+    def agreed_integers(self, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As ``integers``, which must be ``known``: those after another microbatch of the step, or empty.
+
+        Raises:
+            ReplicaMismatch: naming the buffer that differs.
+        """
+        integers = self.integers()
+        for name, value in known.items():
+            if not torch.equal(value, integers[name]):
+                raise ReplicaMismatch(
+                    f"buffer {name!r} differs between microbatches of one step ({value} and {integers[name]}): "
+                    "an integer buffer must become the same in every microbatch"
+                )
+        return integers
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:

@@ -1,0 +1,137 @@
+"""The arguments of every command, made from the configuration dataclasses: a field is an option is a YAML key."""
+
+import dataclasses
+import re
+import textwrap
+from typing import Any
+
+import jsonargparse
+
+from launch.bench_config import BenchConfig
+from launch.config import RunConfig
+from paramserver.errors import ConfigError
+
+__all__ = ["build_parser", "one_line"]
+
+_YAML = "pushpull-yaml"
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Raises one line where argparse would print usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise ConfigError(one_line(message)) from ex
+
+
+def one_line(message: str) -> str:
+    """What a parser says, in one line that names the option and what it should be."""
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    if not key:
+        return " ".join(message.split())
+    option = f"--{key[1].rpartition('.')[2].replace('_', '-')}"
+    given = re.search(r"(?:Given value|Got value): (.*)", message)
+    wanted = [
+        re.sub(r"<class '(\w+)'>|typing\.", r"\1", name)
+        for name in re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, flags=re.MULTILINE)
+        if "NoneType" not in name
+    ]
+    if given and wanted:
+        return f"{option}: {given[1]!r} is not {' or '.join(wanted)}"
+    return f"{option}: {' '.join(message[key.end() + 1 :].split())}"
+
+
+def _load_yaml(text: str, **options: Any) -> Any:
+    """YAML whose keys may have dashes, as options have."""
+    value = jsonargparse.get_loader("yaml")(text, **options)
+    if isinstance(value, dict):
+        return {key.replace("-", "_") if isinstance(key, str) else key: item for key, item in value.items()}
+    return value
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """The parser of ``pushpull``; errors are raised as ``ConfigError``."""
+    jsonargparse.set_loader(_YAML, _load_yaml)
+    parser = _new_parser("pushpull", "Train SSD and FCN by a synchronous parameter server on Ray, or by DDP.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subcommands(dest="command", metavar="COMMAND")
+    commands.add_subcommand("train", _train_parser(), help="train a task on one of three backends")
+    commands.add_subcommand("bench", _bench_parser(), help="measure speedups over a single device")
+    commands.add_subcommand("evaluate", _evaluate_parser(), help="compute a trained run's metrics")
+    commands.add_subcommand("predict", _predict_parser(), help="draw a trained run's predictions into pictures")
+    commands.add_subcommand("tasks", _new_parser("pushpull tasks", "List the built-in tasks."), help="list the tasks")
+    about = "Show machine and library versions."
+    commands.add_subcommand("env", _new_parser("pushpull env", about), help="show machine and versions")
+    return parser
+
+
+def _new_parser(program: str, about: str) -> _Parser:
+    return _Parser(prog=program, description=about, exit_on_error=False, parser_mode=_YAML, default_env=False)
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    return f"pushpull {importlib.metadata.version('pushpull-sgd')}"
+
+
+def _train_parser() -> _Parser:
+    parser = _new_parser("pushpull train", "Train a task.")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("task", nargs="?", default="", help="ssd, fcn, or path/to/file.py:ClassName")
+    _add_fields(parser, RunConfig)
+    return parser
+
+
+def _bench_parser() -> _Parser:
+    parser = _new_parser("pushpull bench", "Measure speedups over a tuned single-device loop; equality comes first.")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("tasks", nargs="*", default=["ssd", "fcn"], help="ssd, fcn, or path/to/file.py:ClassName")
+    _add_fields(parser, BenchConfig)
+    return parser
+
+
+def _evaluate_parser() -> _Parser:
+    parser = _new_parser("pushpull evaluate", "Compute a run's metrics on its validation split.")
+    parser.add_argument("run", type=str, help="run folder, or one of its checkpoints/step_N")
+    parser.add_argument("--data", type=str | None, default=None, help="other data than the run's")
+    parser.add_argument("--threads", type=int | None, default=None, help="threads; default: the run's")
+    return parser
+
+
+def _predict_parser() -> _Parser:
+    parser = _new_parser("pushpull predict", "Write pictures with a run's predictions drawn in.")
+    parser.add_argument("run", type=str, help="run folder, or one of its checkpoints/step_N")
+    parser.add_argument("images", nargs="+", type=str, help="image files")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="folder for the pictures; default: RUN/predictions"
+    )
+    parser.add_argument("--threads", type=int | None, default=None, help="threads; default: the run's")
+    return parser
+
+
+def _add_fields(parser: _Parser, config: type) -> None:
+    """One option for each field of a dataclass, with the field's docstring as help."""
+    docs = _field_docs(config)
+    for field in dataclasses.fields(config):
+        if field.name == "task":
+            continue
+        names = [f"--{field.name.replace('_', '-')}"]
+        names += [f"--{field.name}"] * ("_" in field.name)
+        flag: dict[str, Any] = {}
+        if field.type in (bool, bool | None):
+            flag = {"nargs": "?", "const": True}
+        parser.add_argument(*names, type=field.type, default=field.default, help=docs.get(field.name, ""), **flag)
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """The string below each field of a dataclass, read from its source."""
+    import ast
+    import inspect
+
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, below in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            docs[ast.unparse(field.target)] = str(below.value.value)
+    return docs

@@ -1,0 +1,84 @@
+"""Settings of ``pushpull bench``. Imports neither torch nor ray."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from launch.config import Backend, Device
+from paramserver.errors import ConfigError
+from workers.config import Precision
+
+__all__ = ["BenchConfig", "parse_counts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to measure, and how often."""
+
+    workers: str = "1,2"
+    """Worker counts, comma-separated."""
+    backends: str = "ps,ddp"
+    """Backends to measure beside the single-device baseline, comma-separated."""
+    repeats: int = 3
+    """Interleaved repetitions of every row."""
+    steps: int = 6
+    """Measured steps of a row, after the warm-up."""
+    warmup: int = 2
+    """Steps dropped at the start of each row."""
+    batch_size: int | None = None
+    """Images of one device; weak scaling takes N times as many. Default: 16 for ssd, 4 for others."""
+    image_size: int | str | None = None
+    """Image size in pixels, HxW or one number; default: the task's."""
+    servers: int = 1
+    """Parameter servers."""
+    data: str = "synthetic"
+    """As in pushpull train."""
+    seed: int = 0
+    """As in pushpull train."""
+    threads: int = 1
+    """Threads of a CPU device, in every row, the baseline included."""
+    device: Device = "auto"
+    """auto takes GPUs if there are any."""
+    share_device: bool = False
+    """Allow several workers on one GPU."""
+    precision: Precision = "fp32"
+    """fp32 or bf16, in every row."""
+    channels_last: bool = True
+    """Channels-last layout, in every row."""
+    scaling: str = "weak,strong"
+    """weak (N times the batch), strong (the same batch), or both."""
+    equality_steps: int = 3
+    """Steps of the equality check that comes first; 0 leaves it out."""
+    out: str = "runs"
+    """Folder of benchmark folders."""
+    name: str | None = None
+    """Name of the benchmark's folder; default: bench-<time>."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+    label: str | None = None
+    """A remark that stands in the tables, such as 'demo size'."""
+
+    def __post_init__(self) -> None:
+        for backend in self.backends.split(","):
+            if backend not in get_args(Backend):
+                raise ConfigError(
+                    f"--backends {self.backends!r}: {backend!r} is none of {', '.join(get_args(Backend))}"
+                )
+        for kind in self.scaling.split(","):
+            if kind not in ("weak", "strong"):
+                raise ConfigError(f"--scaling {self.scaling!r}: {kind!r} is neither weak nor strong")
+        parse_counts(self.workers)
+        for name in ("repeats", "steps", "threads", "servers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be 1 or more")
+
+
+def parse_counts(text: str) -> list[int]:
+    """``1,2,4`` as numbers, ascending.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    parts = [part.strip() for part in str(text).split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--workers {text!r} is not a list of counts such as 1,2,4")
+    return sorted({int(part) for part in parts})

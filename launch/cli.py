@@ -1,0 +1,121 @@
+"""The command line: ``pushpull train | bench | evaluate | predict | tasks | env``. Imports nothing heavy for ``--help``."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from launch.arguments import build_parser
+from models.errors import TaskError
+from paramserver.errors import ConfigError, PushPullError
+
+__all__ = ["main"]
+
+_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit code: 0, 1 (run failed), 2 (usage), 130 (Ctrl-C), 143 (SIGTERM)."""
+    try:
+        parser = build_parser()
+        options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
+        commands: dict[str, Callable[..., int]] = {
+            "train": _train,
+            "bench": _bench,
+            "evaluate": _evaluate,
+            "predict": _predict,
+            "tasks": _tasks,
+            "env": _env,
+        }
+        command = options.pop("command")
+        return commands[command](options[command])
+    except ConfigError as error:
+        return _complain(error, _USAGE)
+    except (PushPullError, TaskError) as error:
+        return _complain(error, _FAILED)
+    except KeyboardInterrupt:
+        return _complain("interrupted", _INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
+
+
+def _complain(error: object, code: int) -> int:
+    print(f"pushpull: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _heavy() -> None:
+    """Check what is about to be imported before its own error says less."""
+    from workers.install import check_install, check_torch_pair
+
+    check_install()
+    check_torch_pair()
+
+
+def _settings(options: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name != "config" and not name.startswith("__")}
+
+
+def _train(options: Any) -> int:
+    from launch.config import RunConfig
+
+    config = RunConfig(**_settings(options))
+    _heavy()
+    from launch.train import run
+
+    return run(config).exit_code
+
+
+def _bench(options: Any) -> int:
+    from launch.bench_config import BenchConfig
+
+    settings = _settings(options)
+    tasks = settings.pop("tasks")
+    config = BenchConfig(**settings)
+    _heavy()
+    from launch.bench import bench
+
+    return bench(tasks, config)
+
+
+def _evaluate(options: Any) -> int:
+    _heavy()
+    from launch.evaluate import evaluate_run
+
+    for name, value in evaluate_run(options.run, data=options.data, threads=options.threads).items():
+        print(f"{name:24} {value:.4f}")
+    return 0
+
+
+def _predict(options: Any) -> int:
+    _heavy()
+    from launch.predict import predict_images
+
+    for path in predict_images(options.run, options.images, out=options.out, threads=options.threads):
+        print(path)
+    return 0
+
+
+def _tasks(_options: Any) -> int:
+    from models.registry import list_tasks
+
+    for name, about in list_tasks().items():
+        print(f"{name:8} {about}")
+    print("your own path/to/file.py:ClassName, a class with the methods of models/task.py")
+    return 0
+
+
+def _env(_options: Any) -> int:
+    _heavy()
+    import json
+
+    from launch.environment import environment
+
+    print(json.dumps(environment(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Settings of a run, flat, as they stand on the command line and in config.yaml. Imports neither torch nor ray."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from paramserver.config import OnNan, OptimizerName, ScheduleName
+from paramserver.errors import ConfigError
+from workers.config import Precision
+
+__all__ = ["Backend", "Device", "RunConfig", "parse_image_size", "parse_pairs"]
+
+Backend = Literal["single", "ps", "ddp"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run. What is None is filled in from the task's recipe or from the machine, and then written down."""
+
+    task: str = ""
+    """ssd, fcn, or path/to/file.py:ClassName."""
+    backend: Backend = "ps"
+    """single (one process), ps (parameter server on Ray), ddp (torchrun)."""
+    workers: int | None = None
+    """Devices that compute; default: the visible GPUs, else 1."""
+    servers: int = 1
+    """Parameter servers (ps)."""
+    microbatches: int | None = None
+    """M, parts of a minibatch; equal M gives equal bits. Default: workers rounded up to a power of two."""
+    batch_size: int | None = None
+    """Global minibatch size; default: the recipe's."""
+    steps: int | None = None
+    """Steps to train; goes before epochs."""
+    epochs: int | None = None
+    """Passes over the training set; default: the recipe's."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and synthetic data."""
+    data: str = "synthetic"
+    """synthetic, banana:PATH or voc:PATH."""
+    classes: str | None = None
+    """Class names, comma-separated, in the order of their labels; default: the data's."""
+    split_train: str = "train"
+    """ImageSets file with the training images (voc)."""
+    split_val: str = "val"
+    """ImageSets file with the validation images (voc)."""
+    image_size: int | str | None = None
+    """Training image size in pixels, HxW or one number; default: the task's."""
+    model: str | None = None
+    """Network; default: the task's."""
+    recipe: str = "default"
+    """Training settings that belong together; the task says which it has (d2l, default)."""
+    optimizer: OptimizerName | None = None
+    """sgd, adam or adamw; default: the recipe's."""
+    lr: float | None = None
+    """Peak learning rate, never rescaled; default: the recipe's."""
+    momentum: float | None = None
+    """SGD momentum; default: the recipe's."""
+    nesterov: bool | None = None
+    """Nesterov momentum; default: the recipe's."""
+    weight_decay: float | None = None
+    """Weight decay; default: the recipe's."""
+    schedule: ScheduleName | None = None
+    """constant, step, cosine or polynomial; default: the recipe's."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; default: the recipe's."""
+    lr_factors: str | None = None
+    """Factors by key pattern, e.g. 'head.*=10,bias=2'; default: the recipe's."""
+    freeze: str | None = None
+    """Patterns of keys that are not trained, comma-separated."""
+    clip_grad_norm: float | None = None
+    """Largest l2 norm of the whole gradient."""
+    on_nan: OnNan = "stop"
+    """A non-finite gradient: stop the run by the key's name, or skip the step."""
+    precision: Precision = "fp32"
+    """fp32, or bf16 autocast."""
+    channels_last: bool = False
+    """Images and weights in channels-last order."""
+    threads: int = 1
+    """Threads of a CPU device, in every backend."""
+    device: Device = "auto"
+    """auto takes GPUs if there are any, else one CPU core stands in for a GPU."""
+    share_device: bool = False
+    """Allow several workers on one GPU."""
+    drop_last: bool = False
+    """Leave out the short minibatch at the end of an epoch."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: at the end alone."""
+    evaluate: bool = True
+    """Evaluate on the validation split at all."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: at the end alone."""
+    resume: str | None = None
+    """Run folder or checkpoint folder to go on from."""
+    out: str = "runs"
+    """Folder of run folders."""
+    name: str | None = None
+    """Name of the run folder; default: <task>-<backend>-<time>."""
+    overwrite: bool = False
+    """Replace an existing run folder."""
+    address: str | None = None
+    """host:port of a running Ray cluster to join (ps); default: a private local one."""
+    step_timeout: float = 300.0
+    """Seconds after which a wait for a server or worker is an error."""
+    slice_bytes: int = 1 << 20
+    """Largest slice of the parameters in bytes."""
+    dry_run: bool = False
+    """Check everything, print what would run, write nothing."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, plain values."""
+        return asdict(self)
+
+    def __post_init__(self) -> None:
+        for field in ("backend", "device", "on_nan", "precision"):
+            allowed = get_args({f.name: f.type for f in fields(self)}[field])
+            if allowed and getattr(self, field) not in allowed:
+                raise ConfigError(f"{field} is {getattr(self, field)!r}: use one of {', '.join(allowed)}")
+        for field in ("workers", "servers", "microbatches", "batch_size", "steps", "epochs", "threads"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{field.replace('_', '-')} is {value}: it must be 1 or more")
+        for field in ("seed", "eval_every", "checkpoint_every"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"--{field.replace('_', '-')} is {getattr(self, field)}: it must be 0 or more")
+        if not self.step_timeout > 0:
+            raise ConfigError(f"--step-timeout is {self.step_timeout}: it must be above 0 seconds")
+
+
+def parse_image_size(text: int | str | None) -> tuple[int, int] | None:
+    """``256`` or ``320x480`` as height and width in pixels.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if text is None:
+        return None
+    parts = str(text).lower().replace(",", "x").split("x")
+    if len(parts) not in (1, 2) or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--image-size {text!r} is neither a number nor HxW, e.g. 256 or 320x480")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_pairs(text: str) -> tuple[tuple[str, float], ...]:
+    """``pattern=factor,pattern=factor`` as pairs.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    pairs = []
+    for part in text.split(","):
+        pattern, _, factor = part.rpartition("=")
+        try:
+            pairs.append((pattern.strip(), float(factor)))
+        except ValueError:
+            raise ConfigError(f"--lr-factors {part!r} is not PATTERN=FACTOR, e.g. 'class_heads.*=10'") from None
+    return tuple(pairs)

@@ -1,0 +1,118 @@
+"""Setting a resolved run going on each backend: all three give the same three things to whoever records it."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from launch.recorder import checkpoint_steps
+from launch.resolve import Resolved
+from launch.signals import stop_on_sigterm
+from paramserver.state import State
+from workers.assembly import build_ddp_worker, build_parts, build_single_worker
+from workers.process_group import process_group, torchrun_rank
+from workers.report import EvaluationReport, StepReport
+
+__all__ = ["Process", "Running", "drive", "param_server_session"]
+
+_MIB = 1 << 20
+
+
+class Process(NamedTuple):
+    """A live process of a run, as processes.json has it."""
+
+    role: str
+    index: int
+    pid: int
+    node: str
+
+
+class Running(NamedTuple):
+    """A run that is under way."""
+
+    reports: Iterator[StepReport | EvaluationReport]
+    """Committed steps and evaluations, in order; read it to the end."""
+    state_at: Callable[[int], State]
+    """Reads the version just reported, if it is one that checkpoints are due at, or the last one."""
+    processes: list[Process]
+
+
+def drive(run: Resolved, resume: State | None, *, in_session: bool = False) -> AbstractContextManager[Running]:
+    """Start a run on its backend; leaving the context stops whatever was started.
+
+    Args:
+        run: what to run.
+        resume: state to go on from, or None.
+        in_session: whether the caller keeps a Ray session (``param_server_session``) for several runs.
+    """
+    if run.config.backend == "ps":
+        return _param_server(run, resume, in_session=in_session)
+    return _ddp(run, resume) if run.config.backend == "ddp" else _single(run, resume)
+
+
+@contextmanager
+def _single(run: Resolved, resume: State | None) -> Iterator[Running]:
+    with stop_on_sigterm() as stop:
+        worker, backend = build_single_worker(run.task, run.worker, run.optimizer, run.servers, stop, resume)
+        processes = [Process(role, 0, os.getpid(), "local") for role in ("driver", "worker")]
+        yield Running(worker.run(), lambda _: backend.state(), processes)
+
+
+@contextmanager
+def _ddp(run: Resolved, resume: State | None) -> Iterator[Running]:
+    rank = torchrun_rank()
+    assert rank is not None
+    config = replace(run.worker, worker=rank.rank, device_index=rank.local_rank)
+    with stop_on_sigterm() as stop, process_group(torch.device(config.device), run.config.step_timeout):
+        worker, backend = build_ddp_worker(run.task, config, run.optimizer, run.servers, stop, resume)
+        pids = enumerate(backend.gather_pids())
+        yield Running(worker.run(), lambda _: backend.state(), [Process("worker", i, pid, "local") for i, pid in pids])
+
+
+def param_server_session(address: str | None, workers: int, servers: int, model_bytes: int) -> Any:
+    """A Ray session with room for that many actors and for the tensors between them."""
+    from cluster.session import ray_session
+
+    # Gradients of a step from every worker and a few versions from every server may be on their way at once.
+    store = 64 * _MIB + 4 * model_bytes * (workers + servers)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ray_session(address=address, num_cpus=workers + servers, num_gpus=gpus, store_bytes=store)
+
+
+@contextmanager
+def _param_server(run: Resolved, resume: State | None, *, in_session: bool) -> Iterator[Running]:
+    config, total = run.config, run.worker.plan.steps
+    parts = build_parts(run.task, replace(run.worker, device="cpu"), run.optimizer, run.servers)
+    workers, model_bytes = run.worker.num_workers, 4 * parts.partition.length
+    session = (
+        nullcontext() if in_session else param_server_session(config.address, workers, config.servers, model_bytes)
+    )
+    with session, stop_on_sigterm() as stop:
+        from cluster.config import ClusterConfig
+        from cluster.coordinator import Coordinator
+
+        held = checkpoint_steps(config.checkpoint_every, total)
+        cluster = ClusterConfig(
+            options=run.options,
+            worker=run.worker,
+            optimizer=run.optimizer,
+            servers=run.servers,
+            server_threads=config.threads,
+            held_versions=held,
+            share_device=config.share_device,
+            run=uuid.uuid4().hex,
+        )
+        with Coordinator(run.source, cluster, parts.partition, resume or parts.state) as coordinator:
+            coordinator.start()
+            processes = [Process("driver", 0, os.getpid(), "local")]
+            for role, places in coordinator.places.items():
+                processes += [Process(role, index, place.pid, place.node) for index, place in enumerate(places)]
+            yield Running(
+                coordinator.run(stop),
+                lambda version: coordinator.state(version, release=version in held),
+                processes,
+            )

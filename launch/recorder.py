@@ -1,0 +1,165 @@
+"""Takes a run's reports as they come and keeps its folder: metrics, ledger, checkpoints, summary."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from launch.console import RunConsole
+from launch.resolve import Resolved
+from launch.run_folder import RunFolder
+from paramserver.fingerprint import fingerprint
+from paramserver.state import State
+from workers.checkpoint import save_checkpoint
+from workers.report import EvaluationReport, StepReport
+from workers.timing import PHASES
+
+__all__ = ["Recorder", "checkpoint_meta", "checkpoint_steps"]
+
+StateAt = Callable[[int], State]
+
+
+def checkpoint_steps(every: int, total: int) -> tuple[int, ...]:
+    """Versions of which a checkpoint is due during the run; the one at its end comes by itself."""
+    return tuple(range(every, total, every)) if every else ()
+
+
+def checkpoint_meta(run: Resolved) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued with the same data order and arithmetic."""
+    plan = run.worker.plan
+    return {
+        "task": run.task.name,
+        "seed": plan.seed,
+        "batch_size": plan.batch_size,
+        "microbatches": plan.microbatches,
+        "drop_last": plan.drop_last,
+        "num_samples": run.num_samples,
+        "optimizer": run.optimizer.name,
+    }
+
+
+class Recorder:
+    """One process of a run writes; ``state_at`` reads a committed or held version.
+
+    Args:
+        run: what runs.
+        folder: where to.
+        console: the terminal.
+        state_at: reads the state at a version.
+    """
+
+    def __init__(self, run: Resolved, folder: RunFolder, console: RunConsole, state_at: StateAt) -> None:
+        self._run = run
+        self._folder = folder
+        self._console = console
+        self._state_at = state_at
+        self._due = frozenset(checkpoint_steps(run.config.checkpoint_every, run.worker.plan.steps))
+        self._steps: list[StepReport] = []
+        self._losses: list[float] = []
+        self._metrics: dict[str, float] = {}
+        self._started = time.time()
+
+    def take(self, report: StepReport | EvaluationReport) -> None:
+        """Write one report down."""
+        if isinstance(report, EvaluationReport):
+            self._metrics = report.metric.compute()
+            self._folder.append("evaluations.jsonl", {"step": report.step, **self._metrics})
+            self._console.evaluation(report, self._metrics)
+            return
+        images_per_s = 1e3 * report.samples / report.step_ms
+        self._folder.append("ledger.jsonl", _ledger_row(report))
+        self._folder.append("metrics.jsonl", self._metrics_row(report, images_per_s))
+        self._console.step(report, images_per_s)
+        self._steps.append(report)
+        self._losses.append(report.loss)
+        if report.step in self._due and not report.stop:
+            self._save(self._state_at(report.step))
+
+    def _metrics_row(self, report: StepReport, images_per_s: float) -> dict[str, Any]:
+        return {
+            "step": report.step,
+            "epoch": report.epoch,
+            "loss": report.loss,
+            "lr": report.commit.lr,
+            "images_per_s": images_per_s,
+            "phases_ms": report.phases_ms,
+            "server_ms": dict(report.commit.server_ms),
+            "step_ms": report.step_ms,
+            "workers": self._run.worker.num_workers,
+            "skipped": report.commit.skipped,
+            "grad_norm": report.commit.grad_norm,
+        }
+
+    def _save(self, state: State) -> None:
+        save_checkpoint(self._folder.checkpoints, state, checkpoint_meta(self._run))
+
+    def finish(self, state: State) -> dict[str, Any]:
+        """Write the last checkpoint and summary.json; gives the summary back."""
+        self._save(state)
+        summary = self._summary(state)
+        self._folder.write("summary.json", summary)
+        return summary
+
+    def _summary(self, state: State) -> dict[str, Any]:
+        config = self._run.config
+        # The first step of a process builds caches and graphs: it is no measure of the others.
+        measured = self._steps[1:] or self._steps
+        times = [report.step_ms for report in measured]
+        median = statistics.median(times) if times else float("nan")
+        samples = statistics.median([report.samples for report in measured]) if measured else 0
+        optimizer = {
+            f"{key}/{name}": value for key, values in state.optimizer.items() for name, value in values.items()
+        }
+        return {
+            "task": self._run.task.name,
+            "backend": config.backend,
+            "workers": config.workers,
+            "servers": config.servers if config.backend == "ps" else 0,
+            "microbatches": config.microbatches,
+            "batch_size": config.batch_size,
+            "steps": state.version,
+            "epochs": self._steps[-1].epoch + 1 if self._steps else 0,
+            "images_per_s": 1e3 * samples / median if times else float("nan"),
+            "step_ms": {"median": median, "p90": _quantile(times, 0.9)},
+            "phases_ms": {name: _median(report.phases_ms[name] for report in measured) for name in PHASES},
+            "server_ms": _median_by_name([report.commit.server_ms for report in measured]),
+            "loss": {"first": _at(self._losses, 0), "last": _at(self._losses, -1)},
+            "metrics": self._metrics,
+            "skipped_steps": sum(report.commit.skipped for report in self._steps),
+            "fingerprint": fingerprint(state.state_dict()),
+            "state_fingerprint": fingerprint({**state.state_dict(), **optimizer}),
+            "simulated": self._run.simulated,
+            "threads_per_device": config.threads,
+            "precision": config.precision,
+            "channels_last": config.channels_last,
+            "data": config.data,
+            "recipe": config.recipe,
+            "seed": config.seed,
+            "duration_s": time.time() - self._started,
+        }
+
+
+def _ledger_row(report: StepReport) -> dict[str, Any]:
+    rows = [{"index": row.microbatch, "worker": row.worker, "samples": row.samples} for row in report.ledger]
+    return {"step": report.step, "epoch": report.epoch, "microbatches": rows}
+
+
+def _median(values: Any) -> float:
+    found = list(values)
+    return statistics.median(found) if found else float("nan")
+
+
+def _median_by_name(rows: list[Mapping[str, float]]) -> dict[str, float]:
+    return {name: _median(row.get(name, 0.0) for row in rows) for name in (rows[0] if rows else {})}
+
+
+def _quantile(values: list[float], share: float) -> float:
+    """The value at ``share`` of the sorted list, nearest rank."""
+    if not values:
+        return float("nan")
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _at(values: list[float], index: int) -> float:
+    return values[index] if values else float("nan")

@@ -1,0 +1,165 @@
+"""From what the user said to what will run: recipe, data set and machine fill the gaps, and everything is checked."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from launch.config import RunConfig, parse_image_size, parse_pairs
+from models.options import Recipe, TaskOptions
+from models.registry import TaskSource, build_task, read_task
+from models.task import Task, recipe_of
+from paramserver.config import OptimizerConfig, ServerConfig
+from paramserver.errors import ConfigError
+from workers.config import DeviceKind, PlanConfig, WorkerConfig
+from workers.minibatch import steps_in_epoch
+from workers.process_group import torchrun_rank
+
+__all__ = ["Resolved", "resolve", "task_options"]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run that can start."""
+
+    config: RunConfig
+    """The settings with every gap filled."""
+    source: TaskSource
+    task: Task
+    options: TaskOptions
+    worker: WorkerConfig
+    """Settings of worker 0."""
+    optimizer: OptimizerConfig
+    servers: ServerConfig
+    num_samples: int
+    """Length of the training set."""
+
+    @property
+    def simulated(self) -> bool:
+        """Whether CPU cores stand in for GPUs."""
+        return self.worker.device == "cpu"
+
+
+def task_options(config: RunConfig) -> TaskOptions:
+    """What the task of a run is built from; paths are made absolute, since actors run elsewhere."""
+    kind, colon, path = config.data.partition(":")
+    data = f"{kind}:{Path(path).expanduser().resolve()}" if path else kind + colon
+    classes = tuple(name.strip() for name in config.classes.split(",")) if config.classes else None
+    return TaskOptions(
+        data=data,
+        model=config.model,
+        image_size=parse_image_size(config.image_size),
+        classes=classes,
+        split_train=config.split_train,
+        split_val=config.split_val,
+        recipe=config.recipe,
+        seed=config.seed,
+    )
+
+
+def resolve(config: RunConfig) -> Resolved:
+    """Fill the gaps and check that the run can start; reads the data set's index, writes nothing.
+
+    Raises:
+        ConfigError, models.errors.TaskError, models.errors.DataError: what is wrong, and the remedy.
+    """
+    if not config.task:
+        raise ConfigError("no task: say pushpull train ssd, pushpull train fcn, or pushpull train my_task.py:MyTask")
+    source = read_task(config.task)
+    options = task_options(config)
+    task = build_task(source, options)
+    recipe = _recipe(task, config.recipe)
+    device = _device(config)
+    workers = _workers(config, device)
+    batch_size = config.batch_size or recipe.batch_size
+    microbatches = config.microbatches or min(batch_size, 1 << (workers - 1).bit_length())
+    num_samples: int = len(task.build_dataset("train"))  # type: ignore[arg-type]
+    if num_samples < 1:
+        raise ConfigError(f"--data {config.data}: the training set is empty")
+    per_epoch = max(1, steps_in_epoch(num_samples, batch_size, drop_last=config.drop_last))
+    steps = config.steps or (config.epochs or recipe.epochs) * per_epoch
+    filled = replace(
+        config,
+        task=source.name,
+        data=options.data,
+        workers=workers,
+        microbatches=microbatches,
+        batch_size=batch_size,
+        steps=steps,
+        **_filled_recipe(config, recipe),
+    )
+    plan = PlanConfig(
+        batch_size=batch_size, microbatches=microbatches, steps=steps, seed=config.seed, drop_last=config.drop_last
+    )
+    worker = WorkerConfig(
+        plan=plan,
+        num_workers=workers,
+        device=device,
+        threads=config.threads,
+        channels_last=config.channels_last,
+        precision=config.precision,
+        eval_every=config.eval_every,
+        evaluate=config.evaluate,
+        step_timeout_s=config.step_timeout,
+    )
+    servers = ServerConfig(num_servers=config.servers if config.backend == "ps" else 1, slice_bytes=config.slice_bytes)
+    return Resolved(filled, source, task, options, worker, _optimizer(filled, recipe), servers, num_samples)
+
+
+def _recipe(task: Task, name: str) -> Recipe:
+    try:
+        return recipe_of(task, name)
+    except KeyError:
+        names = ", ".join(getattr(task, "recipes", {})) or "default"
+        raise ConfigError(f"task {task.name} has no recipe {name!r}: use one of {names}") from None
+
+
+def _filled_recipe(config: RunConfig, recipe: Recipe) -> dict[str, object]:
+    names = ("optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "warmup_steps")
+    filled = {name: getattr(recipe, name) if getattr(config, name) is None else getattr(config, name) for name in names}
+    if config.lr_factors is None and recipe.lr_factors:
+        filled["lr_factors"] = ",".join(f"{pattern}={factor}" for pattern, factor in recipe.lr_factors)
+    return filled
+
+
+def _optimizer(config: RunConfig, recipe: Recipe) -> OptimizerConfig:
+    assert config.optimizer is not None
+    assert config.schedule is not None
+    return OptimizerConfig(
+        name=config.optimizer,
+        lr=config.lr if config.lr is not None else recipe.lr,
+        momentum=config.momentum or 0.0,
+        nesterov=bool(config.nesterov),
+        weight_decay=config.weight_decay or 0.0,
+        schedule=config.schedule,
+        total_steps=config.steps or 1,
+        warmup_steps=config.warmup_steps or 0,
+        lr_factors=parse_pairs(config.lr_factors) if config.lr_factors else (),
+        frozen=tuple(part.strip() for part in config.freeze.split(",")) if config.freeze else (),
+        clip_grad_norm=config.clip_grad_norm,
+        on_nan=config.on_nan,
+    )
+
+
+def _device(config: RunConfig) -> DeviceKind:
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError("--device cuda, but torch sees no GPU: leave it out, or install a CUDA build and a driver")
+    return "cuda" if available and config.device != "cpu" else "cpu"
+
+
+def _workers(config: RunConfig, device: DeviceKind) -> int:
+    rank = torchrun_rank()
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if config.backend == "single":
+        if config.workers not in (None, 1):
+            raise ConfigError(f"--backend single has one worker, not {config.workers}: use --backend ps or ddp")
+        return 1
+    if config.backend == "ddp" and rank is not None:
+        if config.workers not in (None, rank.world_size):
+            raise ConfigError(f"torchrun started {rank.world_size} ranks, but --workers is {config.workers}")
+        return rank.world_size
+    workers = config.workers or gpus or 1
+    if gpus and workers > gpus and not config.share_device and config.address is None:
+        raise ConfigError(f"{workers} workers, but {gpus} GPUs: lower --workers, or allow it with --share-device")
+    return workers

@@ -1,0 +1,164 @@
+"""One training run from its settings to its folder: what ``pushpull train`` calls, and what Python code can call."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.config import RunConfig
+from launch.console import RunConsole, start_block
+from launch.drivers import drive
+from launch.environment import environment
+from launch.recorder import Recorder, checkpoint_meta
+from launch.resolve import Resolved, resolve
+from launch.run_folder import RunFolder, read_json
+from launch.torchrun import run_under_torchrun
+from paramserver.errors import CheckpointError
+from paramserver.state import State
+from workers.checkpoint import find_checkpoint, load_checkpoint
+from workers.install import check_install
+from workers.process_group import torchrun_rank
+
+__all__ = ["RunResult", "run"]
+
+EXIT_SIGTERM = 143
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    folder: Path
+    """The run folder."""
+    summary: dict[str, Any]
+    """Content of summary.json; empty in ranks other than 0, and after a dry run."""
+    exit_code: int
+    """0, or 143 after SIGTERM."""
+
+
+def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> RunResult:
+    """Train.
+
+    Args:
+        config: the settings.
+        quiet: print nothing.
+        in_session: whether the caller has started Ray for several runs (``launch.drivers.param_server_session``).
+
+    Raises:
+        PushPullError, models.errors.TaskError: what is wrong, in one line. The run folder's status.json has it too,
+            once the folder exists.
+    """
+    check_install()
+    torch.set_num_threads(config.threads)
+    resolved = resolve(config)
+    resume = _resume(resolved)
+    rank = torchrun_rank() if config.backend == "ddp" else None
+    folder = RunFolder(Path(config.out) / str(config.name)) if rank and config.name else RunFolder.choose(config)
+    writes = rank is None or rank.rank == 0
+    quiet = quiet or not writes
+    if config.dry_run:
+        if not quiet:
+            print(start_block(resolved) + f"\nfolder    {folder.path} (dry run: nothing is written or started)")
+        return RunResult(folder.path, {}, 0)
+    if config.backend == "ddp" and rank is None:
+        return _launch_ranks(resolved, folder, quiet=quiet)
+    if writes:
+        folder.create(resolved.config)
+        folder.write("env.json", environment())
+        if resume is not None:
+            folder.cut_back(resume.version, RunFolder.of_checkpoint(Path(str(config.resume))))
+    console = RunConsole(resolved.worker.plan.steps, resume.version if resume else 0, quiet=quiet)
+    console.say(start_block(resolved) + f"\nfolder    {folder.path}")
+    try:
+        with _status(folder, active=writes) as status:
+            summary, stopped = _record(resolved, folder, console, resume, in_session=in_session)
+            status.update(state="stopped" if stopped else "finished", exit_code=EXIT_SIGTERM if stopped else 0)
+        if summary:
+            console.say(_end_line(summary, folder))
+        return RunResult(folder.path, summary, status["exit_code"])
+    finally:
+        console.close()
+
+
+def _launch_ranks(resolved: Resolved, folder: RunFolder, *, quiet: bool) -> RunResult:
+    config = resolved.config
+    if folder.path.exists() and config.overwrite and not config.resume:
+        folder.create(config)  # emptied here: the ranks must all find the same folder
+    named = replace(config, out=str(folder.path.parent), name=folder.path.name, overwrite=True)
+    code = run_under_torchrun(named, folder, quiet=quiet)
+    return RunResult(folder.path, read_json(folder.path / "summary.json"), code)
+
+
+def _resume(resolved: Resolved) -> State | None:
+    """The state to go on from, checked against the run's settings."""
+    if resolved.config.resume is None:
+        return None
+    path = find_checkpoint(Path(resolved.config.resume).expanduser())
+    state, meta = load_checkpoint(path)
+    for name, value in checkpoint_meta(resolved).items():
+        if meta.get(name) != value:
+            raise CheckpointError(
+                f"--resume {path}: it was written with {name} {meta.get(name)}, this run has {value}: "
+                "the same bits need the same settings (running its config.yaml gives them)"
+            )
+    if state.version >= resolved.worker.plan.steps:
+        raise CheckpointError(
+            f"--resume {path}: it has {state.version} steps already, and the run ends at "
+            f"{resolved.worker.plan.steps}: raise --steps or --epochs"
+        )
+    return state
+
+
+@contextmanager
+def _status(folder: RunFolder, *, active: bool) -> Iterator[dict[str, Any]]:
+    """Keep status.json: written at the start, and on every way out."""
+    status: dict[str, Any] = {"state": "running", "exit_code": None, "error": None, "pid": os.getpid()}
+
+    def write() -> None:
+        if active:
+            folder.write("status.json", {**status, "time": time.time()})
+
+    write()
+    try:
+        yield status
+    except KeyboardInterrupt:
+        status.update(state="interrupted", exit_code=130)
+        raise
+    except BaseException as error:
+        status.update(state="failed", exit_code=1, error=str(error) or type(error).__name__)
+        active = True  # a rank that fails is heard, whichever it is
+        raise
+    finally:
+        write()
+
+
+def _record(
+    run: Resolved, folder: RunFolder, console: RunConsole, resume: State | None, *, in_session: bool
+) -> tuple[dict[str, Any], bool]:
+    """Train, write everything down, and say whether the run was stopped before its end."""
+    rank = torchrun_rank() if run.config.backend == "ddp" else None
+    last = resume.version if resume else 0
+    with drive(run, resume, in_session=in_session) as running:
+        if rank is not None and rank.rank != 0:
+            last = max((report.step for report in running.reports), default=last)
+            return {}, last < run.worker.plan.steps
+        folder.write("processes.json", [process._asdict() for process in running.processes])
+        recorder = Recorder(run, folder, console, running.state_at)
+        for report in running.reports:
+            recorder.take(report)
+            last = report.step
+        return recorder.finish(running.state_at(last)), last < run.worker.plan.steps
+
+
+def _end_line(summary: dict[str, Any], folder: RunFolder) -> str:
+    stand_in = " (CPU stand-ins, no GPU figure)" if summary["simulated"] else ""
+    return (
+        f"done      {summary['steps']} steps, loss {summary['loss']['first']:.4f} -> {summary['loss']['last']:.4f}, "
+        f"{summary['images_per_s']:.1f} images/s{stand_in}\n"
+        f"          fingerprint {summary['fingerprint'][:16]}…, all in {folder.path}"
+    )

@@ -1,0 +1,100 @@
+"""Checkpoints: written to a temporary folder, flushed to disk, renamed; read without unpickling code."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from paramserver.errors import CheckpointError
+from paramserver.fingerprint import fingerprint
+from paramserver.state import State
+
+__all__ = ["find_checkpoint", "load_checkpoint", "save_checkpoint"]
+
+_FORMAT = 1
+
+
+def save_checkpoint(folder: Path, state: State, meta: Mapping[str, Any]) -> Path:
+    """Write ``folder/step_<n>/`` with model.safetensors, trainer.pt and meta.json; gives its path back.
+
+    Args:
+        folder: where checkpoints of the run lie.
+        state: the whole state at one version.
+        meta: plain values that say which run and which data order the state belongs to.
+    """
+    target = folder / f"step_{state.version}"
+    temporary = folder / f".step_{state.version}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model = {name: value.contiguous() for name, value in state.state_dict().items()}
+    safetensors.torch.save_file(model, temporary / "model.safetensors", metadata={"format": "pt"})
+    trainer = {
+        "version": state.version,
+        "optimizer": {key: dict(values) for key, values in state.optimizer.items()},
+        "integers": list(state.integers),
+        "constants": list(state.constants),
+    }
+    torch.save(trainer, temporary / "trainer.pt")
+    about = {"format": _FORMAT, "step": state.version, "fingerprint": fingerprint(model), **meta}
+    (temporary / "meta.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    for file in temporary.iterdir():
+        _flush(file)
+    _flush(temporary)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+    _flush(folder)
+    return target
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at ``path``: itself, or the newest one of the run folder ``path``.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if (path / "meta.json").is_file():
+        return path
+    found = [entry for entry in (path / "checkpoints").glob("step_*") if entry.name[5:].isdigit() and entry.is_dir()]
+    if not found:
+        raise CheckpointError(f"--resume {path}: no checkpoint there; name a run folder or a folder checkpoints/step_N")
+    return max(found, key=lambda entry: int(entry.name[5:]))
+
+
+def load_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
+    """The state and the meta data of one checkpoint folder.
+
+    Raises:
+        CheckpointError: if a file is missing, torn, or does not fit the others.
+    """
+    try:
+        meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        model = safetensors.torch.load_file(path / "model.safetensors")
+        trainer = torch.load(path / "trainer.pt", weights_only=True)
+        integers, constants = set(trainer["integers"]), set(trainer["constants"])
+        state = State(
+            version=trainer["version"],
+            values={name: value for name, value in model.items() if name not in integers | constants},
+            integers={name: model[name] for name in integers},
+            constants={name: model[name] for name in constants},
+            optimizer=trainer["optimizer"],
+        )
+    except Exception as error:  # whatever a torn file makes a parser raise
+        raise CheckpointError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from error
+    if fingerprint(model) != meta.get("fingerprint") or meta.get("step") != state.version:
+        raise CheckpointError(f"checkpoint {path} is damaged: its parameters do not have the fingerprint in meta.json")
+    return state, meta
