@@ -14,7 +14,7 @@ from typing import IO
 
 from paramserver.errors import ConfigError
 
-__all__ = ["ray_session"]
+__all__ = ["check_address", "ray_session"]
 
 _PREFIX = "pushpull-ray-"
 _MIB = 1 << 20
@@ -47,7 +47,7 @@ def ray_session(*, address: str | None, num_cpus: int, num_gpus: int, store_byte
         ConfigError: if nobody listens at ``address``.
     """
     if address is not None:
-        _probe(address)
+        check_address(address)
         with _environment(_QUIET):
             import ray
 
@@ -113,9 +113,14 @@ def _fitting_store(wanted: int) -> int:
     return wanted
 
 
-def _probe(address: str) -> None:
+def check_address(address: str) -> None:
+    """See whether somebody listens at ``host:port``.
+
+    Raises:
+        ConfigError: if nobody does.
+    """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
         raise ConfigError(f"--address {address!r} is not host:port, e.g. 10.0.0.1:6379")
     try:
         # Ray itself would try for 80 to 120 seconds and then end the process.

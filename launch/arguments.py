@@ -1,22 +1,27 @@
 """The arguments of every command, made from the configuration dataclasses: a field is an option is a YAML key."""
 
+import argparse
 import dataclasses
+import difflib
+import itertools
 import re
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import jsonargparse
+import yaml
 
 from launch.bench_config import BenchConfig
 from launch.config import RunConfig
 from paramserver.errors import ConfigError
 
-__all__ = ["build_parser", "one_line"]
+__all__ = ["build_parser", "config_first", "one_line"]
 
 _YAML = "pushpull-yaml"
 
 
-class _Parser(jsonargparse.ArgumentParser):
+class _Parser(jsonargparse.ArgumentParser):  # type: ignore[misc]
     """Raises one line where argparse would print usage and exit."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
@@ -25,9 +30,14 @@ class _Parser(jsonargparse.ArgumentParser):
 
 def one_line(message: str) -> str:
     """What a parser says, in one line that names the option and what it should be."""
+    if found := re.match(r"unrecognized arguments: (\S+)", message):
+        return f"unknown argument {found[1]}{_did_you_mean(found[1])}"
+    if found := re.search(r"does not accept option '([^']+)'", message):
+        return f"unknown key {found[1]!r} in the configuration file{_did_you_mean(found[1])}"
     key = re.search(r'Parser key "([\w.]+)"', message)
     if not key:
-        return " ".join(message.split())
+        # A subcommand's positional argument has the command's name before its own.
+        return re.sub(r"(arguments are required: )\w+\.", r"\1", " ".join(message.split()))
     option = f"--{key[1].rpartition('.')[2].replace('_', '-')}"
     given = re.search(r"(?:Given value|Got value): (.*)", message)
     wanted = [
@@ -36,8 +46,21 @@ def one_line(message: str) -> str:
         if "NoneType" not in name
     ]
     if given and wanted:
-        return f"{option}: {given[1]!r} is not {' or '.join(wanted)}"
+        return f"{option}: {given[1]!r} is not {_in_words(' or '.join(wanted))}"
     return f"{option}: {' '.join(message[key.end() + 1 :].split())}"
+
+
+def _in_words(types: str) -> str:
+    return re.sub(r"Literal\[(.*?)\]", lambda found: "one of " + found[1].replace("'", ""), types)
+
+
+def _did_you_mean(word: str) -> str:
+    """An option or key that looks like ``word``, written as ``word`` is."""
+    names = {field.name for config in (RunConfig, BenchConfig) for field in dataclasses.fields(config)}
+    close = difflib.get_close_matches(word.lstrip("-").partition("=")[0].replace("-", "_"), names, n=1)
+    if not close:
+        return ": pushpull train --help lists what there is"
+    return f": did you mean {'--' + close[0].replace('_', '-') if word.startswith('-') else close[0]}?"
 
 
 def _load_yaml(text: str, **options: Any) -> Any:
@@ -50,7 +73,7 @@ def _load_yaml(text: str, **options: Any) -> Any:
 
 def build_parser() -> jsonargparse.ArgumentParser:
     """The parser of ``pushpull``; errors are raised as ``ConfigError``."""
-    jsonargparse.set_loader(_YAML, _load_yaml)
+    jsonargparse.set_loader(_YAML, _load_yaml, exceptions=(yaml.YAMLError,))
     parser = _new_parser("pushpull", "Train SSD and FCN by a synchronous parameter server on Ray, or by DDP.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subcommands(dest="command", metavar="COMMAND")
@@ -62,6 +85,21 @@ def build_parser() -> jsonargparse.ArgumentParser:
     about = "Show machine and library versions."
     commands.add_subcommand("env", _new_parser("pushpull env", about), help="show machine and versions")
     return parser
+
+
+def config_first(arguments: Sequence[str]) -> list[str]:
+    """Move ``--config FILE`` right behind the command: what stands on the line goes before the file, wherever it is."""
+    rest: list[str] = []
+    files: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            files += [word, *itertools.islice(words, 1)]
+        elif word.startswith("--config="):
+            files.append(word)
+        else:
+            rest.append(word)
+    return rest[:1] + files + rest[1:]
 
 
 def _new_parser(program: str, about: str) -> _Parser:
@@ -77,7 +115,7 @@ def _version() -> str:
 def _train_parser() -> _Parser:
     parser = _new_parser("pushpull train", "Train a task.")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("task", nargs="?", default="", help="ssd, fcn, or path/to/file.py:ClassName")
+    parser.add_argument("task", nargs="?", type=str, default=argparse.SUPPRESS, help="ssd, fcn, or path/to/file.py:ClassName")
     _add_fields(parser, RunConfig)
     return parser
 

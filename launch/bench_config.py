@@ -1,13 +1,16 @@
 """Settings of ``pushpull bench``. Imports neither torch nor ray."""
 
-from dataclasses import dataclass
-from typing import get_args
+import shlex
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 from launch.config import Backend, Device
 from paramserver.errors import ConfigError
 from workers.config import Precision
 
-__all__ = ["BenchConfig", "parse_counts"]
+__all__ = ["BenchConfig", "Scaling", "parse_counts"]
+
+Scaling = Literal["weak", "strong"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class BenchConfig:
     warmup: int = 2
     """Steps dropped at the start of each row."""
     batch_size: int | None = None
-    """Images of one device; weak scaling takes N times as many. Default: 16 for ssd, 4 for others."""
+    """Images of one device; weak scaling takes N times as many. Default: 16 for ssd, 4 for fcn, 8 for others."""
     image_size: int | str | None = None
     """Image size in pixels, HxW or one number; default: the task's."""
     servers: int = 1
@@ -58,18 +61,58 @@ class BenchConfig:
     """A remark that stands in the tables, such as 'demo size'."""
 
     def __post_init__(self) -> None:
-        for backend in self.backends.split(","):
+        for backend in _parts(self.backends):
             if backend not in get_args(Backend):
                 raise ConfigError(
                     f"--backends {self.backends!r}: {backend!r} is none of {', '.join(get_args(Backend))}"
                 )
-        for kind in self.scaling.split(","):
-            if kind not in ("weak", "strong"):
+        for kind in _parts(self.scaling):
+            if kind not in get_args(Scaling):
                 raise ConfigError(f"--scaling {self.scaling!r}: {kind!r} is neither weak nor strong")
         parse_counts(self.workers)
-        for name in ("repeats", "steps", "threads", "servers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be 1 or more")
+        for name, least in (("repeats", 1), ("steps", 1), ("threads", 1), ("servers", 1), ("batch_size", 1)):
+            self._check(name, least)
+        for name in ("warmup", "equality_steps"):
+            self._check(name, 0)
+
+    def _check(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be {least} or more")
+
+    @property
+    def worker_counts(self) -> list[int]:
+        """Worker counts, ascending."""
+        return parse_counts(self.workers)
+
+    @property
+    def backend_names(self) -> list[Backend]:
+        """Backends, each once: single, ps, ddp."""
+        return [name for name in get_args(Backend) if name in _parts(self.backends)]
+
+    @property
+    def scalings(self) -> list[Scaling]:
+        """Kinds of scaling, weak first."""
+        return [kind for kind in get_args(Scaling) if kind in _parts(self.scaling)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, plain values."""
+        return asdict(self)
+
+    def command(self, tasks: list[str]) -> str:
+        """The command line that gives these settings."""
+        words = ["pushpull", "bench", *tasks]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            option = f"--{field.name.replace('_', '-')}"
+            words += [option] if value is True else [option, str(value).lower() if value is False else str(value)]
+        return shlex.join(words)
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 def parse_counts(text: str) -> list[int]:
@@ -78,7 +121,7 @@ def parse_counts(text: str) -> list[int]:
     Raises:
         ConfigError: for anything else.
     """
-    parts = [part.strip() for part in str(text).split(",")]
+    parts = _parts(str(text))
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(f"--workers {text!r} is not a list of counts such as 1,2,4")
     return sorted({int(part) for part in parts})

@@ -1,24 +1,30 @@
-"""The command line: ``pushpull train | bench | evaluate | predict | tasks | env``. Imports nothing heavy for ``--help``."""
+"""The command line: ``pushpull train | bench | evaluate | predict | tasks | env``; ``--help`` imports nothing heavy."""
 
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
-
-from launch.arguments import build_parser
-from models.errors import TaskError
-from paramserver.errors import ConfigError, PushPullError
 
 __all__ = ["main"]
 
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit code: 0, 1 (run failed), 2 (usage), 130 (Ctrl-C), 143 (SIGTERM)."""
+    foreign = _foreign_package()
+    if foreign is not None:
+        return _complain(foreign, _USAGE)
+    from launch.arguments import build_parser, config_first
+    from models.errors import TaskError
+    from paramserver.errors import ConfigError, PushPullError
+
     try:
         parser = build_parser()
-        options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
+        options = parser.parse_args(config_first(sys.argv[1:] if arguments is None else arguments))
         commands: dict[str, Callable[..., int]] = {
             "train": _train,
             "bench": _bench,
@@ -39,6 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
+
+
+def _foreign_package() -> str | None:
+    """What is wrong with a package that is not ours; finding it does not import it, as ``workers.install`` would."""
+    for name in ("workers", "paramserver", "models", "cluster"):
+        spec = find_spec(name)
+        place = spec and (next(iter(spec.submodule_search_locations or ()), None) or spec.origin)
+        if not place or Path(place).resolve() != _ROOT / name:
+            return f"package {name!r} is found at {place}, not at {_ROOT / name}: take that folder off PYTHONPATH"
+    return None
 
 
 def _complain(error: object, code: int) -> int:

@@ -26,7 +26,7 @@ class Process(NamedTuple):
     """A live process of a run, as processes.json has it."""
 
     role: str
-    index: int
+    index: int  # type: ignore[assignment]  # tuple has a method of that name, which nobody calls here
     pid: int
     node: str
 

@@ -1,11 +1,16 @@
 """From what the user said to what will run: recipe, data set and machine fill the gaps, and everything is checked."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from cluster.session import check_address
 from launch.config import RunConfig, parse_image_size, parse_pairs
+from models.errors import TaskError
 from models.options import Recipe, TaskOptions
 from models.registry import TaskSource, build_task, read_task
 from models.task import Task, recipe_of
@@ -14,8 +19,9 @@ from paramserver.errors import ConfigError
 from workers.config import DeviceKind, PlanConfig, WorkerConfig
 from workers.minibatch import steps_in_epoch
 from workers.process_group import torchrun_rank
+from workers.replica import describe_model
 
-__all__ = ["Resolved", "resolve", "task_options"]
+__all__ = ["Resolved", "choose_device", "resolve", "task_options", "usage_errors"]
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,21 @@ def task_options(config: RunConfig) -> TaskOptions:
     )
 
 
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """What is wrong with a task or its data before anything was started is a matter of usage."""
+    try:
+        yield
+    except TaskError as error:
+        raise ConfigError(str(error)) from error
+
+
+@usage_errors()
 def resolve(config: RunConfig) -> Resolved:
     """Fill the gaps and check that the run can start; reads the data set's index, writes nothing.
 
     Raises:
-        ConfigError, models.errors.TaskError, models.errors.DataError: what is wrong, and the remedy.
+        ConfigError: what is wrong, and the remedy.
     """
     if not config.task:
         raise ConfigError("no task: say pushpull train ssd, pushpull train fcn, or pushpull train my_task.py:MyTask")
@@ -69,13 +85,17 @@ def resolve(config: RunConfig) -> Resolved:
     options = task_options(config)
     task = build_task(source, options)
     recipe = _recipe(task, config.recipe)
-    device = _device(config)
+    device = choose_device(config)
     workers = _workers(config, device)
     batch_size = config.batch_size or recipe.batch_size
     microbatches = config.microbatches or min(batch_size, 1 << (workers - 1).bit_length())
     num_samples: int = len(task.build_dataset("train"))  # type: ignore[arg-type]
     if num_samples < 1:
         raise ConfigError(f"--data {config.data}: the training set is empty")
+    if config.evaluate:
+        task.build_dataset("val")  # what is missing there would come out at the end of the run
+    if config.backend == "ps" and config.address is not None:
+        check_address(config.address)
     per_epoch = max(1, steps_in_epoch(num_samples, batch_size, drop_last=config.drop_last))
     steps = config.steps or (config.epochs or recipe.epochs) * per_epoch
     filled = replace(
@@ -103,7 +123,9 @@ def resolve(config: RunConfig) -> Resolved:
         step_timeout_s=config.step_timeout,
     )
     servers = ServerConfig(num_servers=config.servers if config.backend == "ps" else 1, slice_bytes=config.slice_bytes)
-    return Resolved(filled, source, task, options, worker, _optimizer(filled, recipe), servers, num_samples)
+    optimizer = _optimizer(filled, recipe)
+    describe_model(task.build_model(), optimizer, servers)  # finds patterns that fit no key
+    return Resolved(filled, source, task, options, worker, optimizer, servers, num_samples)
 
 
 def _recipe(task: Task, name: str) -> Recipe:
@@ -114,7 +136,7 @@ def _recipe(task: Task, name: str) -> Recipe:
         raise ConfigError(f"task {task.name} has no recipe {name!r}: use one of {names}") from None
 
 
-def _filled_recipe(config: RunConfig, recipe: Recipe) -> dict[str, object]:
+def _filled_recipe(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     names = ("optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "warmup_steps")
     filled = {name: getattr(recipe, name) if getattr(config, name) is None else getattr(config, name) for name in names}
     if config.lr_factors is None and recipe.lr_factors:
@@ -141,7 +163,12 @@ def _optimizer(config: RunConfig, recipe: Recipe) -> OptimizerConfig:
     )
 
 
-def _device(config: RunConfig) -> DeviceKind:
+def choose_device(config: RunConfig) -> DeviceKind:
+    """Kind of device of a run on this machine.
+
+    Raises:
+        ConfigError: if it wants a GPU and there is none.
+    """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ConfigError("--device cuda, but torch sees no GPU: leave it out, or install a CUDA build and a driver")

@@ -58,12 +58,19 @@ class RunFolder:
             path = cls.of_checkpoint(Path(config.resume)).path
         else:
             path = out / (config.name or cls._default_name(config))
-        if path.exists() and not (config.resume or config.overwrite):
-            raise ConfigError(f"{path} exists: choose another --name, or say --overwrite or --resume {path}")
-        if path.exists() and config.overwrite and not config.resume and any(path.iterdir()):
-            cls._check_is_run(path)
         _check_writable(path)
-        return cls(path)
+        folder = cls(path)
+        if path.exists() and not (config.overwrite or folder._is_resumed(config)):
+            raise ConfigError(f"{path} exists: choose another --name, or say --overwrite or --resume {path}")
+        if path.exists() and not folder._is_resumed(config) and any(path.iterdir()):
+            cls._check_is_run(path)
+        return folder
+
+    def _is_resumed(self, config: RunConfig) -> bool:
+        """Whether the run goes on in this very folder, instead of taking another run's checkpoint."""
+        return config.resume is not None and self.of_checkpoint(Path(config.resume)).path.resolve() == (
+            self.path.resolve()
+        )
 
     @staticmethod
     def _default_name(config: RunConfig) -> str:
@@ -83,7 +90,7 @@ class RunFolder:
 
     def create(self, config: RunConfig) -> None:
         """Make the folder and write config.yaml; an old one is removed if it is to be overwritten."""
-        if self.path.exists() and config.overwrite and not config.resume:
+        if self.path.exists() and config.overwrite and not self._is_resumed(config):
             shutil.rmtree(self.path)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         # What belongs to this call, not to the run, is left out, so that running the file again repeats the run.
@@ -139,10 +146,10 @@ class RunFolder:
 def _check_writable(path: Path) -> None:
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not existing.is_dir():
-        raise ConfigError(f"--out: {existing} is not a folder")
+        raise ConfigError(f"--out: {existing} is not a folder: choose another place")
     probe = existing / f".pushpull-{os.getpid()}"
     try:
         probe.touch()  # os.access would say yes to root on a read-only file system
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"--out: cannot write to {existing}: {error.strerror}") from error
+        raise ConfigError(f"--out: cannot write to {existing} ({error.strerror}): choose another place") from error

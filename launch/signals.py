@@ -15,6 +15,7 @@ class StopFlag:
         self.requested = False
 
     def __call__(self) -> bool:
+        """The flag, as the training loop asks for it."""
         return self.requested
 
 

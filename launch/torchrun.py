@@ -35,8 +35,7 @@ def run_under_torchrun(config: RunConfig, folder: RunFolder, *, quiet: bool) -> 
         command += [str(config.workers), "--no-python", str(script), "train", "--config", str(settings)]
         (folder.path / "status.json").unlink(missing_ok=True)
         # The ranks' own errors stand in status.json: torchrun's table and tracebacks would bury them.
-        log = tempfile.TemporaryFile(mode="w+")
-        with log:
+        with tempfile.TemporaryFile(mode="w+") as log:
             process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL if quiet else None, stderr=log, start_new_session=True
             )

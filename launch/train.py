@@ -58,8 +58,8 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
     resolved = resolve(config)
     resume = _resume(resolved)
     rank = torchrun_rank() if config.backend == "ddp" else None
-    folder = RunFolder(Path(config.out) / str(config.name)) if rank and config.name else RunFolder.choose(config)
     writes = rank is None or rank.rank == 0
+    folder = RunFolder.choose(config) if writes else RunFolder(Path(config.out) / (config.name or "unnamed"))
     quiet = quiet or not writes
     if config.dry_run:
         if not quiet:
@@ -120,21 +120,32 @@ def _status(folder: RunFolder, *, active: bool) -> Iterator[dict[str, Any]]:
     status: dict[str, Any] = {"state": "running", "exit_code": None, "error": None, "pid": os.getpid()}
 
     def write() -> None:
-        if active:
-            folder.write("status.json", {**status, "time": time.time()})
+        folder.write("status.json", {**status, "time": time.time()})
 
-    write()
+    if active:
+        write()
     try:
         yield status
+        if active:
+            write()
     except KeyboardInterrupt:
         status.update(state="interrupted", exit_code=130)
+        if active:
+            write()
         raise
     except BaseException as error:
         status.update(state="failed", exit_code=1, error=str(error) or type(error).__name__)
-        active = True  # a rank that fails is heard, whichever it is
+        # Whichever rank fails is heard, and the first one best: the others then fail for want of it.
+        if folder.path.is_dir() and not _has_failed(folder):
+            write()
         raise
-    finally:
-        write()
+
+
+def _has_failed(folder: RunFolder) -> bool:
+    try:
+        return bool(read_json(folder.path / "status.json")["state"] == "failed")
+    except CheckpointError:
+        return False
 
 
 def _record(

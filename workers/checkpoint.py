@@ -71,7 +71,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = [entry for entry in (path / "checkpoints").glob("step_*") if entry.name[5:].isdigit() and entry.is_dir()]
     if not found:
-        raise CheckpointError(f"--resume {path}: no checkpoint there; name a run folder or a folder checkpoints/step_N")
+        raise CheckpointError(f"{path}: no checkpoint there; name a run folder or a folder checkpoints/step_N")
     return max(found, key=lambda entry: int(entry.name[5:]))
 
 

@@ -1,5 +1,6 @@
 """Backend of a torchrun rank: DistributedDataParallel sums the gradients, the shared optimizer updates every rank."""
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,33 @@ from workers.replica import Replica
 from workers.timing import PHASES, PhaseTimer
 
 __all__ = ["DdpBackend"]
+
+
+# Newer versions of torch have another name for it, and warn of the old one.
+_SYNC = "forward_sync_buffers"
+_SYNC = _SYNC if _SYNC in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
+_NO_BUFFER_SYNC: dict[str, Any] = {_SYNC: False}
+
+
+class _HookState:
+    """What the communication hook and the backend tell each other."""
+
+    zero = False
+    """Whether this rank has nothing to add."""
+    last_bucket_at = 0.0
+    """When backward handed the last bucket over."""
+
+
+def _sum_bucket(state: _HookState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """A sum, where DDP's default is a mean: the division by the total weight comes once, on the whole sum."""
+    buffer = bucket.buffer()
+    if state.zero:
+        buffer.zero_()
+    state.last_bucket_at = time.perf_counter()
+    work = dist.all_reduce(buffer, async_op=True)
+    assert work is not None
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future
 
 
 class DdpBackend:
@@ -59,28 +87,16 @@ class DdpBackend:
         self.version = self._client.version
         gpu = [replica.device.index] if replica.device.type == "cuda" else None
         self.module: nn.Module = DistributedDataParallel(
-            replica.model, device_ids=gpu, broadcast_buffers=False, gradient_as_bucket_view=True
+            replica.model, device_ids=gpu, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC
         )
-        self.module.register_comm_hook(None, self._sum_bucket)
-        self._zero_buckets = False
+        self._hook = _HookState()
+        self.module.register_comm_hook(self._hook, _sum_bucket)
         self._synchronised = False
-        self._last_bucket_at = 0.0
         self._root = torch.zeros(replica.partition.length, device=replica.device)
         self._buffer_sums = TreeSum[Tensor](num_microbatches)
         self._stats: list[MicrobatchStats] = []
         self._integers: dict[str, Tensor] = {}
         replica.load({}, self._client.constants)
-
-    def _sum_bucket(self, _state: Any, bucket: Any) -> torch.futures.Future[Tensor]:
-        # A sum, where DDP's default is a mean: the division by the total weight comes once, on the whole sum.
-        buffer = bucket.buffer()
-        if self._zero_buckets:
-            buffer.zero_()
-        self._last_bucket_at = time.perf_counter()
-        work = dist.all_reduce(buffer, async_op=True)
-        assert work is not None
-        future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
-        return future
 
     def pull(self, timer: PhaseTimer) -> None:
         """See ``Backend.pull``."""
@@ -111,7 +127,7 @@ class DdpBackend:
         """See ``Backend.finish``."""
         if self._synchronised:
             # The end of backward waits for the last buckets: that is communication.
-            timer.move(self._backward_done_at - self._last_bucket_at, "compute", "push")
+            timer.move(self._backward_done_at - self._hook.last_bucket_at, "compute", "push")
         else:
             with timer.phase("push"):
                 self._join_with_zeros()
@@ -130,11 +146,11 @@ class DdpBackend:
         return replace(commit, stop=stop)
 
     def _join_with_zeros(self) -> None:
-        self._zero_buckets = True
+        self._hook.zero = True
         try:
             self._empty_loss(self.module).backward()  # type: ignore[no-untyped-call]
         finally:
-            self._zero_buckets = False
+            self._hook.zero = False
 
     def _exchange(self) -> tuple[tuple[MicrobatchStats, ...], dict[str, Tensor], bool]:
         """One small all-reduce: rows of all microbatches, buffer changes, integer buffers, and whether to stop."""

@@ -19,10 +19,11 @@ def check_install() -> None:
     root = Path(__file__).resolve().parent.parent
     for name in _PACKAGES:
         spec = importlib.util.find_spec(name)
-        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
-        if found != root / name:
+        # A folder without __init__.py has a place, but no origin; a module has it the other way round.
+        place = spec and (next(iter(spec.submodule_search_locations or ()), None) or spec.origin)
+        if not place or Path(place).resolve() != root / name:
             raise ConfigError(
-                f"package {name!r} is imported from {found or 'nowhere'}, not from {root / name}: "
+                f"package {name!r} is imported from {place}, not from {root / name}: "
                 "take that folder off PYTHONPATH, or uninstall the distribution that owns it"
             )
 

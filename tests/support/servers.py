@@ -61,9 +61,10 @@ class Fleet:
         self.num_microbatches = num_microbatches
         config = ServerConfig(num_servers=num_servers, slice_bytes=slice_bytes)
         self.partition: Partition = make_partition(specs_of(values, buffers, self.optimizer), config)
-        state = state or State(version=0, values=values, integers=integers or {})
+        self.initial = state or State(version=0, values=values, integers=integers or {})
         self.servers = [
-            Server(index, self.partition, self.optimizer, num_microbatches, state) for index in range(num_servers)
+            Server(index, self.partition, self.optimizer, num_microbatches, self.initial)
+            for index in range(num_servers)
         ]
         self.group = InProcessServers(self.servers)
 

@@ -23,14 +23,13 @@ BUFFER = "bn.mean"
 
 def _values(seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    values = {
+    return {
         "conv": torch.randn(8, 5, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last),
         "scalar": torch.randn((), generator=generator),
         "large": torch.randn(37, 11, generator=generator),
         "head": torch.randn(9, generator=generator),
         BUFFER: torch.randn(70, generator=generator),
     }
-    return values
 
 
 def _fleet(settings: dict[str, Any], num_servers: int, state: State | None = None, slice_bytes: int = 256) -> Fleet:

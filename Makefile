@@ -1,0 +1,46 @@
+# Needs python3 (3.11 or 3.12), pip and make; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test test-slow test-gpu check format clean
+
+help:
+	@echo "make demo       install, train both tasks on all backends, print the table (5 minutes on 2 cores)"
+	@echo "make test       install, run the tests"
+	@echo "make test-slow  the long matrices"
+	@echo "make test-gpu   what needs a GPU"
+	@echo "make check      ruff, mypy, import-linter"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 12) else "PushPull needs Python 3.11 or 3.12, this is %d.%d: say make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/pushpull bench ssd fcn --workers 1,2 --backends single,ps,ddp --repeats 1 --steps 4 --warmup 1 \
+		--image-size 128 --batch-size 8 --scaling weak --label "demo size" --out . --name demo --overwrite
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow --timeout 600
+
+test-gpu: $(STAMP)
+	$(BIN)/pytest -m gpu
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

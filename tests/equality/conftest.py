@@ -1,0 +1,13 @@
+"""One Ray cluster for all parameter-server runs of the equality tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from launch.drivers import param_server_session
+
+
+@pytest.fixture(scope="package")
+def ray_cluster() -> Iterator[None]:
+    with param_server_session(None, workers=4, servers=3, model_bytes=64 << 20):
+        yield

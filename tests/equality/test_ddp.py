@@ -1,0 +1,59 @@
+"""DistributedDataParallel is held to the numbers of the other backends (E7)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.runs import HARD, SMALL, train
+from tests.support.torchrun import run_ddp_cases
+from workers.checkpoint import load_checkpoint
+
+GRID = [(microbatches, batch_size) for microbatches in (2, 4) for batch_size in (16, 15)]
+
+
+@pytest.mark.parametrize("task", SMALL)
+def test_two_ranks_give_the_bits_of_single(tmp_path: Path, task: str) -> None:
+    """Parameters and batch-norm buffers, with two and with four microbatches, equal and unequal."""
+    cases = [
+        {**SMALL[task], **HARD, "microbatches": microbatches, "batch_size": batch_size}
+        for microbatches, batch_size in GRID
+    ]
+    found = run_ddp_cases(tmp_path, 2, cases)
+    for index, (case, result) in enumerate(zip(cases, found, strict=True)):
+        single = train(tmp_path, f"single{index}", backend="single", **case)
+        assert result["fingerprint"] == single.summary["fingerprint"], case
+        assert result["losses"][-1] == single.summary["loss"]["last"]
+
+
+def test_a_rank_without_samples_joins_with_zeros(tmp_path: Path) -> None:
+    """The second minibatch has one sample: rank 1 has none, and DDP waits for all."""
+    case = {**SMALL["ssd"], **HARD, "batch_size": 511, "microbatches": 2, "steps": 2}
+    (result,) = run_ddp_cases(tmp_path, 2, [case])
+    single = train(tmp_path, "single", backend="single", **case)
+    assert result["fingerprint"] == single.summary["fingerprint"]
+
+
+@pytest.mark.parametrize("task", SMALL)
+def test_three_ranks_take_the_same_step_from_the_same_state(tmp_path: Path, task: str) -> None:
+    """The sum of three ranks has another order: each of six steps, from single's state, within 1e-5 of the update."""
+    settings = {**SMALL[task], **HARD, "checkpoint_every": 1}
+    single = train(tmp_path, "single", backend="single", **settings)
+    checkpoints = single.folder / "checkpoints"
+    steps = range(1, HARD["steps"])
+    cases = [
+        {
+            **SMALL[task],
+            **HARD,
+            "from_checkpoint": str(checkpoints / f"step_{step}"),
+            "save_to": str(tmp_path / f"after_{step}.pt"),
+        }
+        for step in steps
+    ]
+    run_ddp_cases(tmp_path, 3, cases)
+    for step in steps:
+        before, wanted = (load_checkpoint(checkpoints / f"step_{number}")[0].values for number in (step, step + 1))
+        found = torch.load(tmp_path / f"after_{step}.pt", weights_only=True)
+        update = torch.cat([(wanted[name] - before[name]).flatten() for name in wanted]).double()
+        error = torch.cat([(found[name] - wanted[name]).flatten() for name in wanted]).double()
+        assert error.norm() <= 1e-5 * update.norm(), f"step {step + 1}: {error.norm() / update.norm()}"

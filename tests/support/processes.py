@@ -1,0 +1,66 @@
+"""Starting ``pushpull`` as a user does, and seeing what is left when it has gone."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PUSHPULL = str(Path(sys.executable).with_name("pushpull"))
+
+
+def start(*arguments: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
+    """A ``pushpull`` process in a session of its own."""
+    return subprocess.Popen(
+        [PUSHPULL, *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_line(process: "subprocess.Popen[str]", text: str) -> str:
+    """Read standard output up to the first line with ``text``."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f"the process ended without saying {text!r}: {process.stderr and process.stderr.read()}")
+
+
+def ray_folders() -> set[str]:
+    """Temporary folders of private Ray clusters."""
+    return {str(path) for path in Path(tempfile.gettempdir()).glob("pushpull-*")}
+
+
+def processes_of(folders: set[str]) -> list[str]:
+    """Command lines of live processes that name one of the folders."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if any(folder in command for folder in folders):
+            found.append(command)
+    return found
+
+
+def gone(folders: set[str], within_s: float = 20.0) -> list[str]:
+    """What is left of these clusters after waiting for it to go: processes and folders."""
+    deadline = time.monotonic() + within_s
+    while True:
+        left = processes_of(folders) + [folder for folder in folders if Path(folder).exists()]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.2)
+
+
+def shared_memory() -> set[str]:
+    """Names in /dev/shm."""
+    return set(os.listdir("/dev/shm"))
