@@ -3,6 +3,7 @@
 import asyncio
 import os
 import platform
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -41,6 +42,15 @@ class Place(NamedTuple):
 
 def _place(kind: dict[str, Any] | None = None) -> Place:
     return Place(os.getpid(), ray.get_runtime_context().get_node_id(), platform.node(), kind)
+
+
+def _gpu_index(config: WorkerConfig) -> int:
+    """Which GPU this actor computes on: the one Ray gave it, or in turn where they are shared."""
+    count = torch.cuda.device_count() if config.device == "cuda" else 0
+    if count < 2:  # a cluster that masks GPUs shows the actor its own one alone
+        return 0
+    given = ray.get_gpu_ids()
+    return int(given[0]) if given else config.worker % count
 
 
 def _prepare_process() -> None:
@@ -101,11 +111,14 @@ class ServerActor:
             if self._server.config.needs_vote:
                 decision = await self._peers[0].vote.remote(self._server.report())
             self._server.update(decision)
-            # Fixed here, so that all workers read the same answer.
-            self._commit = replace(self._server.commit(), stop=self._stop)
+            begin = time.perf_counter()
+            commit = self._server.commit()
             if self._server.version in self._held_versions:
                 self._server.hold(self._server.version)
             self._publish()
+            busy = {**commit.server_ms, "commit": 1e3 * (time.perf_counter() - begin)}
+            # Fixed here, so that all workers read the same answer.
+            self._commit = replace(commit, server_ms=busy, stop=self._stop)
         except Exception as error:
             self._failure = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         finally:
@@ -182,8 +195,8 @@ class WorkerActor:
     ) -> None:
         _prepare_process()
         self._task = build_task(source, options)
-        self._config = config
-        self._parts = build_parts(self._task, config, optimizer, servers)
+        self._config = replace(config, device_index=_gpu_index(config))
+        self._parts = build_parts(self._task, self._config, optimizer, servers)
 
     def place(self) -> Place:
         """Where this worker runs, and what kind of device it is."""

@@ -3,6 +3,7 @@
 It is not on the path of a step: workers run freely and the servers' commit is their barrier.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,8 +15,9 @@ import ray.exceptions
 from cluster.actors import Place, ServerActor, WorkerActor
 from cluster.config import ClusterConfig
 from cluster.placement import check_room, resources
+from models.errors import TaskError
 from models.registry import TaskSource
-from paramserver.errors import ReplicaMismatch, ServerLost, StepTimeout, WorkerLost
+from paramserver.errors import PushPullError, ReplicaMismatch, ServerLost, StepTimeout, WorkerLost
 from paramserver.partition import Partition
 from paramserver.state import State, assemble
 from workers.report import EvaluationReport, StepReport, merge_evaluations, merge_steps
@@ -68,8 +70,14 @@ class Coordinator:
             num_gpus=gpus,
             max_restarts=0,
             max_task_retries=0,
-            # Also what libraries under torch read; torch's own number is set by the worker.
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(worker.threads), "OMP_WAIT_POLICY": "passive"}},
+            runtime_env={
+                "env_vars": {
+                    # What libraries under torch read; torch's own number is set by the worker.
+                    "OMP_NUM_THREADS": str(worker.threads),
+                    "OMP_WAIT_POLICY": "passive",
+                    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+                }
+            },
         )
         return actor.remote(source, config.options, worker, config.optimizer, config.servers)
 
@@ -117,6 +125,9 @@ class Coordinator:
     def _lost(self, role: str, index: int, error: ray.exceptions.RayError) -> BaseException:
         """What an actor raised, or that it is gone."""
         if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+            if not isinstance(error.cause, PushPullError | TaskError):
+                # An error in somebody's task: say where, without Ray's colours.
+                error.cause.add_note(re.sub(r"\x1b\[\d+m", "", str(error)))
             return error.cause  # type: ignore[no-any-return]
         init = getattr(error, "cause", None) or getattr(error, "__cause__", None)
         if isinstance(init, ray.exceptions.RayTaskError) and init.cause is not None:

@@ -68,9 +68,9 @@ class RayTransport:
     def wait(self, server: int, version: int, timeout_s: float) -> Commit:
         """See ``Transport.wait``."""
         waiting = self._servers[server].wait.remote(version, timeout_s)
-        for sent in self._pushes[server]:
-            self._get(server, sent, timeout_s, "take a push")
-        self._pushes[server].clear()
+        sent, self._pushes[server] = self._pushes[server], []
+        for push in sent:
+            self._get(server, push, timeout_s, "take a push")
         # The server keeps the deadline itself, and knows what it waits for: give it a moment longer to say so.
         commit, published = self._get(server, waiting, timeout_s + 5.0, f"commit version {version}")
         self._arrived[server] = (version, published)

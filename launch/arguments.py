@@ -115,7 +115,8 @@ def _version() -> str:
 def _train_parser() -> _Parser:
     parser = _new_parser("pushpull train", "Train a task.")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("task", nargs="?", type=str, default=argparse.SUPPRESS, help="ssd, fcn, or path/to/file.py:ClassName")
+    about = "ssd, fcn, or path/to/file.py:ClassName"
+    parser.add_argument("task", nargs="?", type=str, default=argparse.SUPPRESS, help=about)
     _add_fields(parser, RunConfig)
     return parser
 

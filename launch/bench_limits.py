@@ -1,4 +1,4 @@
-"""A sentence that says what limits a speedup, computed from the times of the stages."""
+"""Sentences that say what limits a speedup, computed from the times of the stages."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ def phase_shares(row: RowResult, most: int = 8) -> str:
     return ", ".join(f"{name} {100 * ms / total:.0f}%" for name, ms in largest if ms / total >= _NOTEWORTHY)
 
 
-def explain(rows: Sequence[RowResult], *, servers: int, cores: int | None) -> str:
+def explain(rows: Sequence[RowResult], *, servers: int, cores: int | None) -> list[str]:
     """What limits each backend at its largest number of workers.
 
     Args:
@@ -35,9 +35,9 @@ def explain(rows: Sequence[RowResult], *, servers: int, cores: int | None) -> st
     """
     baseline, *others = rows
     largest = {row.backend: row for row in sorted(others, key=lambda row: row.workers)}
-    return " ".join(
+    return [
         _explain(row, baseline, servers=servers if row.backend == "ps" else 0, cores=cores) for row in largest.values()
-    )
+    ]
 
 
 def _explain(row: RowResult, baseline: RowResult, *, servers: int, cores: int | None) -> str:
@@ -55,9 +55,9 @@ def _explain(row: RowResult, baseline: RowResult, *, servers: int, cores: int | 
     )
     parts = [compute, *(f"{name} adds {ms:.0f} ms" for name, ms in added)]
     text += "; ".join(parts) + "."
-    processes = row.workers + servers
-    if cores is not None and row.workers > 1 and processes > cores:
-        text += f" {processes} busy processes share {cores} core{'s' * (cores > 1)}."
+    if cores is not None and row.workers > 1 and row.workers + servers > cores:
+        also = f" and {servers} server{'s' * (servers > 1)}" if servers else ""
+        text += f" {row.workers} workers{also} share {cores} core{'s' * (cores > 1)}."
     return text
 
 

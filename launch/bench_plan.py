@@ -59,15 +59,21 @@ def plan_task(task: str, config: BenchConfig) -> TaskPlan:
     steps = config.warmup + config.steps
     rows = {}
     for row in _rows(config, device_batch):
-        if row.batch_size > first.num_samples:
-            raise ConfigError(
-                f"{task}, {row.scaling} scaling to {row.workers}: a minibatch of {row.batch_size} images is larger "
-                f"than the training set of {first.num_samples}: lower --batch-size or --workers"
-            )
+        _check_size(task, row, first.num_samples)
         backend: Backend = "single" if row.backend == BASELINE else row.backend
         # A minibatch is cut into one part for each device; the baseline never cuts it.
         rows[row] = _checked(_run_config(task, config, backend, row.workers, row.batch_size, row.workers, steps))
     return TaskPlan(first.task.name, device_batch, rows, _equality(task, config), first.simulated, _model_bytes(first))
+
+
+def _check_size(task: str, row: Row, num_samples: int) -> None:
+    what = f"{task}, {row.scaling} scaling to {row.workers}: a minibatch of {row.batch_size} images is"
+    if row.batch_size > num_samples:
+        raise ConfigError(
+            f"{what} larger than the training set of {num_samples}: lower --batch-size or the largest of --workers"
+        )
+    if row.batch_size < row.workers:
+        raise ConfigError(f"{what} smaller than the number of workers: raise --batch-size, or leave strong out")
 
 
 def _rows(config: BenchConfig, device_batch: int) -> list[Row]:

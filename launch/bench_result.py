@@ -140,8 +140,8 @@ class TaskResult:
 
     equality: list[Equality]
     rows: list[RowResult]
-    limits: dict[str, str] = field(default_factory=dict)
-    """For each kind of scaling, what limits the speedup."""
+    limits: dict[str, list[str]] = field(default_factory=dict)
+    """For each kind of scaling, a sentence or more on what limits the speedup of each backend."""
 
     @property
     def failed(self) -> list[Equality]:
@@ -154,7 +154,7 @@ class TaskResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in bench.json."""
-        limits = " ".join(f"{scaling.capitalize()} scaling: {text}" for scaling, text in self.limits.items())
+        limits = " ".join(f"{scaling.capitalize()} scaling: {' '.join(text)}" for scaling, text in self.limits.items())
         return {**asdict(self), "limits": limits}
 
 

@@ -48,7 +48,7 @@ class Runner:
 
     def measure(self, task: str, row: Row, run_config: RunConfig) -> Measurement:
         """Train a row once."""
-        what = f"{task}, {row.scaling} scaling, {row.backend}, {row.workers} worker(s)"
+        what = f"{task}, {row.scaling} scaling, {row.backend} with {row.workers} worker{'s' * (row.workers > 1)}"
         with self._next(what) as say:
             if row.is_baseline:
                 steps = [{"step_ms": sum(phases.values()), "phases_ms": phases} for phases in run_baseline(run_config)]
@@ -60,7 +60,7 @@ class Runner:
 
     def check(self, task: str, backend: Backend, workers: int, run_config: RunConfig) -> tuple[str, int]:
         """Fingerprint after the few steps of the equality check, and how many servers there were."""
-        with self._next(f"{task}, equality, {backend}, {workers} worker(s)") as say:
+        with self._next(f"{task}, equality, {backend} with {workers} worker{'s' * (workers > 1)}") as say:
             summary, _ = self._train(run_config)
             say(f"fingerprint {summary['fingerprint'][:16]}…")
         return summary["fingerprint"], summary["servers"]

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launch.resolve import Resolved
+from paramserver.reduction import maximal_nodes
 from workers.minibatch import deal_runs
 from workers.report import EvaluationReport, StepReport
 
@@ -18,7 +19,8 @@ def start_block(run: Resolved) -> str:
     config, plan = run.config, run.worker.plan
     device = "GPU" if run.worker.device == "cuda" else "CPU core (simulated: it stands in for a GPU)"
     threads = "" if run.worker.device == "cuda" else f", {config.threads} thread(s) each; --threads raises it"
-    runs = [len(run_) for run_ in deal_runs(plan.microbatches, run.worker.num_workers)]
+    dealt = deal_runs(plan.microbatches, run.worker.num_workers)
+    by_worker = "+".join(str(len(part)) for part in dealt)
     ghost = plan.batch_size / plan.microbatches
     rate = f"{config.lr:g} {config.schedule}" + (
         f", {config.warmup_steps} warm-up steps" if config.warmup_steps else ""
@@ -28,12 +30,15 @@ def start_block(run: Resolved) -> str:
         f"task      {run.task.name} on {config.data} ({run.num_samples} training images)",
         f"backend   {config.backend}, {run.worker.num_workers} worker(s){servers}",
         f"device    {device}{threads}; {config.precision}{', channels_last' if config.channels_last else ''}",
-        f"minibatch {plan.batch_size} over all workers, M = {plan.microbatches} microbatches ({runs} by worker); "
+        f"minibatch {plan.batch_size} over all workers, M = {plan.microbatches} microbatches ({by_worker} by worker); "
         f"batch norm sees {ghost:g} images at a time",
         f"optimizer {config.optimizer}, lr {rate} (not rescaled by workers), momentum {config.momentum:g}, "
         f"weight decay {config.weight_decay:g}",
         f"steps     {plan.steps}, seed {plan.seed}",
     ]
+    nodes = [len(maximal_nodes(part.start, part.stop, plan.microbatches)) for part in dealt]
+    if config.backend == "ps" and max(nodes) > 1:
+        lines.append(f"note      workers push {nodes} tree nodes a step: it is 1 where M / workers is a power of two")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.console import RunConsole
 from launch.resolve import Resolved
@@ -38,6 +38,17 @@ def checkpoint_meta(run: Resolved) -> dict[str, Any]:
     }
 
 
+class _Measured(NamedTuple):
+    """What the summary needs of a step: the reports themselves would fill the memory of a long run."""
+
+    step_ms: float
+    samples: int
+    epoch: int
+    skipped: bool
+    phases_ms: dict[str, float]
+    server_ms: Mapping[str, float]
+
+
 class Recorder:
     """One process of a run writes; ``state_at`` reads a committed or held version.
 
@@ -54,7 +65,7 @@ class Recorder:
         self._console = console
         self._state_at = state_at
         self._due = frozenset(checkpoint_steps(run.config.checkpoint_every, run.worker.plan.steps))
-        self._steps: list[StepReport] = []
+        self._steps: list[_Measured] = []
         self._losses: list[float] = []
         self._metrics: dict[str, float] = {}
         self._started = time.time()
@@ -70,7 +81,10 @@ class Recorder:
         self._folder.append("ledger.jsonl", _ledger_row(report))
         self._folder.append("metrics.jsonl", self._metrics_row(report, images_per_s))
         self._console.step(report, images_per_s)
-        self._steps.append(report)
+        commit = report.commit
+        self._steps.append(
+            _Measured(report.step_ms, report.samples, report.epoch, commit.skipped, report.phases_ms, commit.server_ms)
+        )
         self._losses.append(report.loss)
         if report.step in self._due and not report.stop:
             self._save(self._state_at(report.step))
@@ -107,9 +121,6 @@ class Recorder:
         times = [report.step_ms for report in measured]
         median = statistics.median(times) if times else float("nan")
         samples = statistics.median([report.samples for report in measured]) if measured else 0
-        optimizer = {
-            f"{key}/{name}": value for key, values in state.optimizer.items() for name, value in values.items()
-        }
         return {
             "task": self._run.task.name,
             "backend": config.backend,
@@ -122,12 +133,12 @@ class Recorder:
             "images_per_s": 1e3 * samples / median if times else float("nan"),
             "step_ms": {"median": median, "p90": _quantile(times, 0.9)},
             "phases_ms": {name: _median(report.phases_ms[name] for report in measured) for name in PHASES},
-            "server_ms": _median_by_name([report.commit.server_ms for report in measured]),
+            "server_ms": _median_by_name([report.server_ms for report in measured]),
             "loss": {"first": _at(self._losses, 0), "last": _at(self._losses, -1)},
             "metrics": self._metrics,
-            "skipped_steps": sum(report.commit.skipped for report in self._steps),
+            "skipped_steps": sum(report.skipped for report in self._steps),
             "fingerprint": fingerprint(state.state_dict()),
-            "state_fingerprint": fingerprint({**state.state_dict(), **optimizer}),
+            "state_fingerprint": fingerprint(state.everything()),
             "simulated": self._run.simulated,
             "threads_per_device": config.threads,
             "precision": config.precision,

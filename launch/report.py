@@ -25,7 +25,8 @@ def write_report(result: BenchResult, folder: Path) -> None:
 
 
 def _to_markdown(result: BenchResult, plots: Mapping[str, Sequence[Path]]) -> str:
-    blocks = [f"# Benchmark {result.name}", "\n".join(f"- {line}" for line in header_lines(result))]
+    label = f" ({result.label})" if result.label else ""
+    blocks = [f"# Benchmark {result.name}{label}", "\n".join(f"- {line}" for line in header_lines(result))]
     blocks.append(f"```\n{result.command}\n```")
     for name, task in result.tasks.items():
         checks = "\n".join(f"- {check.sentence}" for check in task.equality)

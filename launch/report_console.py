@@ -27,7 +27,8 @@ class ReportConsole:
 
     def header(self) -> None:
         """What is measured on what."""
-        print("\n".join([f"benchmark {self._result.name}", *header_lines(self._result)]), flush=True)
+        label = f" ({self._result.label})" if self._result.label else ""
+        print("\n".join([f"benchmark {self._result.name}{label}", *header_lines(self._result)]), flush=True)
 
     def equality(self, task: str, checks: Sequence[Equality]) -> None:
         """Equality stands above the speed."""
@@ -51,7 +52,8 @@ class ReportConsole:
             drawn.add_row(*(Text(cell) for cell in row))
         self._console.print()
         self._console.print(drawn)
-        self._console.print(table.note, markup=False, highlight=False)
+        for note in table.notes:
+            self._console.print(f"- {note}", markup=False, highlight=False)
 
     def stopped(self) -> None:
         """Why there is no report."""

@@ -51,7 +51,7 @@ def plot_speedup(name: str, task: TaskResult, remark: str) -> Figure:
             own = sorted((row for row in rows if row.backend == backend), key=lambda row: row.workers)
             shift = 0.03 * (place - (len(backends) - 1) / 2)  # points on top of each other cannot be told apart
             _points(axes, own, backend, shift)
-        axes.set(title=f"{scaling} scaling", xlabel="workers", ylabel="speedup", xticks=counts)
+        _label(axes, scaling, xlabel="workers", ylabel="speedup", xticks=counts)
         axes.set_xlim(0.5, top + 0.5)
         axes.set_ylim(0, max(top, *(row.speedup.max for row in rows)) + 0.4)
         axes.grid(alpha=0.25)
@@ -87,7 +87,8 @@ def plot_phases(name: str, task: TaskResult, remark: str) -> Figure:
             widths = [row.phases_ms[phase] for row in rows]
             axes.barh(range(len(rows)), widths, left=left, color=_PHASE_COLOURS[phase], label=phase, height=0.7)
             left = [start + width for start, width in zip(left, widths, strict=True)]
-        axes.set(title=f"{scaling} scaling", xlabel="ms per step", yticks=range(len(rows)))
+        _label(axes, scaling, xlabel="ms per step", yticks=range(len(rows)))
+        axes.set_xlim(0, 1.04 * max(left))
         axes.set_yticklabels([f"{row.name}\n({row.batch_size} images)" for row in rows], fontsize=8)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.25)
@@ -95,6 +96,13 @@ def plot_phases(name: str, task: TaskResult, remark: str) -> Figure:
     handles, labels = next(iter(panels.values())).get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(PHASES), fontsize=8, frameon=False)
     return figure
+
+
+def _label(axes: Any, scaling: str, **settings: Any) -> None:
+    axes.set(**settings)
+    axes.set_title(f"{scaling} scaling", fontsize=10)
+    axes.tick_params(labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _panels(task: TaskResult, height: float) -> tuple[Figure, dict[str, Any]]:

@@ -18,14 +18,14 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    note: str
+    notes: Sequence[str]
 
 
 def header_lines(result: BenchResult) -> list[str]:
     """What must be known before any figure is read."""
     config = result.config
-    lines = [f"label: {result.label}"] if result.label else []
     environment = result.environment
+    lines = []
     if result.simulated:
         lines.append(
             f"CPU stand-ins, no GPU figure: each device is {config['threads']} thread(s) of a machine with "
@@ -56,7 +56,7 @@ def speed_table(result: BenchResult, task: str, scaling: str) -> Table:
         title=f"{task}, {scaling} scaling ({batch}){simulated}{label}",
         columns=_COLUMNS,
         rows=[_cells(row) for row in rows],
-        note=result.tasks[task].limits.get(scaling, ""),
+        notes=result.tasks[task].limits[scaling],
     )
 
 
@@ -81,12 +81,11 @@ def _spread(value: Spread, form: str, unit: str = "") -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """The table in Markdown, its note below."""
+    """The table in Markdown, its notes below."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(table.columns, *table.rows, strict=True)]
     lines = [_line(table.columns, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
     lines += [_line(row, widths) for row in table.rows]
-    note = f"\n\n{table.note}" if table.note else ""
-    return f"### {table.title}\n\n" + "\n".join(lines) + note
+    return "\n".join([f"### {table.title}", "", *lines, "", *(f"- {note}" for note in table.notes)])
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -187,6 +187,10 @@ def _workers(config: RunConfig, device: DeviceKind) -> int:
             raise ConfigError(f"torchrun started {rank.world_size} ranks, but --workers is {config.workers}")
         return rank.world_size
     workers = config.workers or gpus or 1
+    if gpus and workers > gpus and config.backend == "ddp":
+        raise ConfigError(
+            f"{workers} ranks, but {gpus} GPUs: NCCL wants one each; lower --workers, or say --device cpu"
+        )
     if gpus and workers > gpus and not config.share_device and config.address is None:
         raise ConfigError(f"{workers} workers, but {gpus} GPUs: lower --workers, or allow it with --share-device")
     return workers

@@ -72,6 +72,12 @@ class OptimizerConfig:
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{field} is {value}: it must be a finite number, 0 or more")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ConfigError(f"betas are {self.betas}: each must be 0 or more and below 1")
+        for pattern, factor in self.lr_factors:
+            if not (math.isfinite(factor) and factor >= 0):
+                raise ConfigError(f"factor of {pattern!r} is {factor}: it must be a finite number, 0 or more")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov needs a momentum above 0")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:

@@ -1,51 +1,111 @@
 """One slice's optimizer, double-buffered: reads version ``t``, writes version ``t + 1``, never touches ``t``."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from paramserver.config import OptimizerConfig
 
-__all__ = ["SliceOptimizer"]
+__all__ = ["SliceOptimizer", "build_slice_optimizer"]
 
 
-def _build(config: OptimizerConfig, values: Tensor) -> torch.optim.Optimizer:
-    # The kernel is named: fused and foreach kernels are chosen by device and size otherwise, and give other bits.
-    kernel: dict[str, Any] = {"foreach": False, "fused": False}
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            [values],
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            **kernel,
-        )
-    cls = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return cls([values], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, **kernel)
+class SliceOptimizer(Protocol):
+    """An element-wise optimizer of one slice with two versions of the parameters and of its state."""
+
+    def step(self, version: int, gradient: Tensor, lr: float) -> None:
+        """Write version ``version + 1`` from ``version`` and the mean gradient (n,) fp32, which is overwritten."""
+
+    def skip(self, version: int) -> None:
+        """Write version ``version + 1`` as a copy of ``version``."""
+
+    def state(self, version: int) -> dict[str, Tensor]:
+        """State of ``version`` by torch.optim's names: (n,) vectors, and scalars such as Adam's step; not copied."""
+
+    def load_state(self, version: int, state: Mapping[str, Tensor]) -> None:
+        """Make copies of ``state`` the state of ``version``."""
 
 
-class SliceOptimizer:
-    """``torch.optim`` on one slice with two versions of the parameters and of the optimizer's state.
+def build_slice_optimizer(
+    values: tuple[Tensor, Tensor], config: OptimizerConfig, lr_factor: float = 1.0
+) -> SliceOptimizer:
+    """The optimizer of one slice.
 
     Args:
         values: the two (n,) fp32 vectors of the slice; version ``v`` lies in ``values[v % 2]``.
         config: the optimizer.
         lr_factor: factor on the learning rate of this slice's group.
     """
+    if config.name == "sgd":
+        return _Sgd(values, config, lr_factor)
+    return _TorchOptimizer(values, config, lr_factor)
 
-    def __init__(self, values: tuple[Tensor, Tensor], config: OptimizerConfig, lr_factor: float = 1.0) -> None:
+
+class _Sgd:
+    """``torch.optim.SGD`` to the bit (``foreach=False``), from one version into the other without copying first.
+
+    The formulas are those of torch/optim/sgd.py ``_single_tensor_sgd``, with ``out=`` in place of in-place.
+    """
+
+    def __init__(self, values: tuple[Tensor, Tensor], config: OptimizerConfig, lr_factor: float) -> None:
+        self._values = values
+        self._config = config
+        self._lr_factor = lr_factor
+        self._momentum = (torch.empty_like(values[0]), torch.empty_like(values[0])) if config.momentum else None
+        self._has_momentum = [False, False]
+
+    def step(self, version: int, gradient: Tensor, lr: float) -> None:
+        """See ``SliceOptimizer.step``."""
+        source, target = version % 2, (version + 1) % 2
+        config, old = self._config, self._values[source]
+        direction = gradient
+        if config.weight_decay:
+            gradient.add_(old, alpha=config.weight_decay)
+        if self._momentum is not None:
+            direction = self._momentum[target]
+            if self._has_momentum[source]:
+                torch.mul(self._momentum[source], config.momentum, out=direction).add_(gradient)
+            else:
+                direction.copy_(gradient)
+            self._has_momentum[target] = True
+            if config.nesterov:
+                direction = gradient.add_(direction, alpha=config.momentum)
+        # One fused multiply-add: p - lr * m in two operations would give other bits.
+        torch.add(old, direction, alpha=-lr * self._lr_factor, out=self._values[target])
+
+    def skip(self, version: int) -> None:
+        """See ``SliceOptimizer.skip``."""
+        source, target = version % 2, (version + 1) % 2
+        self._values[target].copy_(self._values[source])
+        self._has_momentum[target] = self._has_momentum[source]
+        if self._momentum is not None and self._has_momentum[source]:
+            self._momentum[target].copy_(self._momentum[source])
+
+    def state(self, version: int) -> dict[str, Tensor]:
+        """See ``SliceOptimizer.state``."""
+        known = self._momentum is not None and self._has_momentum[version % 2]
+        return {"momentum_buffer": self._momentum[version % 2]} if known and self._momentum else {}
+
+    def load_state(self, version: int, state: Mapping[str, Tensor]) -> None:
+        """See ``SliceOptimizer.load_state``."""
+        self._has_momentum[version % 2] = self._momentum is not None and "momentum_buffer" in state
+        if self._momentum is not None and "momentum_buffer" in state:
+            self._momentum[version % 2].copy_(state["momentum_buffer"])
+
+
+class _TorchOptimizer:
+    """``torch.optim`` on a copy: version ``t`` and its state are copied, then stepped in place."""
+
+    def __init__(self, values: tuple[Tensor, Tensor], config: OptimizerConfig, lr_factor: float) -> None:
         self._values = values
         self._lr_factor = lr_factor
         self._optimizers = (_build(config, values[0]), _build(config, values[1]))
 
     def step(self, version: int, gradient: Tensor, lr: float) -> None:
-        """Write version ``version + 1`` from ``version`` and the mean gradient (n,) fp32."""
-        source, target = version % 2, (version + 1) % 2
-        self._values[target].copy_(self._values[source])
-        self._copy_state(source, target)
+        """See ``SliceOptimizer.step``."""
+        self.skip(version)
+        target = (version + 1) % 2
         optimizer, values = self._optimizers[target], self._values[target]
         optimizer.param_groups[0]["lr"] = lr * self._lr_factor
         values.grad = gradient
@@ -53,21 +113,9 @@ class SliceOptimizer:
         values.grad = None
 
     def skip(self, version: int) -> None:
-        """Write version ``version + 1`` as a copy of ``version``."""
-        self._values[(version + 1) % 2].copy_(self._values[version % 2])
-        self._copy_state(version % 2, (version + 1) % 2)
-
-    def state(self, version: int) -> dict[str, Tensor]:
-        """State of ``version`` by name: (n,) vectors, and scalars such as Adam's ``step``; not copied."""
-        state = self._optimizers[version % 2].state.get(self._values[version % 2], {})
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-    def load_state(self, version: int, state: Mapping[str, Tensor]) -> None:
-        """Make copies of ``state`` the state of ``version``."""
-        index = version % 2
-        self._optimizers[index].state[self._values[index]] = {name: value.clone() for name, value in state.items()}
-
-    def _copy_state(self, source: int, target: int) -> None:
+        """See ``SliceOptimizer.skip``."""
+        source, target = version % 2, (version + 1) % 2
+        self._values[target].copy_(self._values[source])
         old = self._optimizers[source].state.get(self._values[source], {})
         new = self._optimizers[target].state[self._values[target]]
         if not old:
@@ -77,3 +125,27 @@ class SliceOptimizer:
                 new[name].copy_(value)
             else:
                 new[name] = value.clone() if isinstance(value, Tensor) else value
+
+    def state(self, version: int) -> dict[str, Tensor]:
+        """See ``SliceOptimizer.state``."""
+        state = self._optimizers[version % 2].state.get(self._values[version % 2], {})
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+    def load_state(self, version: int, state: Mapping[str, Tensor]) -> None:
+        """See ``SliceOptimizer.load_state``."""
+        index = version % 2
+        self._optimizers[index].state[self._values[index]] = {name: value.clone() for name, value in state.items()}
+
+
+def _build(config: OptimizerConfig, values: Tensor) -> torch.optim.Optimizer:
+    cls = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    # The kernel is named: fused and foreach kernels are chosen by device and size otherwise, and give other bits.
+    return cls(
+        [values],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        foreach=False,
+        fused=False,
+    )

@@ -23,7 +23,7 @@ from paramserver.errors import (
     VersionGone,
 )
 from paramserver.messages import Commit, Decision, Hello, MicrobatchStats, Push, Report
-from paramserver.optimizer import SliceOptimizer
+from paramserver.optimizer import SliceOptimizer, build_slice_optimizer
 from paramserver.partition import BUFFERS, Partition, Slice
 from paramserver.reduction import TreeSum
 from paramserver.scratch import Scratch
@@ -87,7 +87,7 @@ class Server:
 
     def _optimizer(self, piece: Slice, state: State) -> SliceOptimizer:
         factor = self.config.lr_factor(self.partition.pieces[piece.index][0][0].name)
-        optimizer = SliceOptimizer(self._values[piece.index], self.config, factor)
+        optimizer = build_slice_optimizer(self._values[piece.index], self.config, factor)
         optimizer.load_state(state.version, slice_optimizer_state(self.partition, piece.index, state))
         return optimizer
 
@@ -110,12 +110,15 @@ class Server:
         The tensors are read until the step is committed, and never written.
 
         Raises:
-            StaleContribution: the step is committed already, or the generation or the run is an older one.
+            StaleContribution: an earlier step, generation or run. A repetition of the step just committed is
+                answered: transports may deliver twice, and late.
             PushRefused: the step is not open yet.
             PartitionMismatch: a slice that is not here, or has another size or dtype.
             OverlappingContribution: the node is not one of the tree.
             ReplicaMismatch: integer buffers differ from those of another microbatch.
         """
+        if (push.run, push.generation, push.step) == (self._run, self.generation, self.version - 1):
+            return
         self._check(push)
         if self.index == 0:
             self._agree(push.integers, push)

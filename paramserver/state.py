@@ -31,6 +31,11 @@ class State:
         """Parameters and buffers, as ``nn.Module.load_state_dict`` takes them."""
         return {**self.values, **self.integers, **self.constants}
 
+    def everything(self) -> dict[str, Tensor]:
+        """``state_dict`` and the optimizer's state, each entry as ``key/name``: what ``state_fingerprint`` covers."""
+        optimizer = {f"{key}/{name}": value for key, values in self.optimizer.items() for name, value in values.items()}
+        return {**self.state_dict(), **optimizer}
+
 
 class SliceSnapshot(NamedTuple):
     """Copies of one slice at one version."""

@@ -41,7 +41,13 @@ def save_checkpoint(folder: Path, state: State, meta: Mapping[str, Any]) -> Path
         "constants": list(state.constants),
     }
     torch.save(trainer, temporary / "trainer.pt")
-    about = {"format": _FORMAT, "step": state.version, "fingerprint": fingerprint(model), **meta}
+    about = {
+        "format": _FORMAT,
+        "step": state.version,
+        "fingerprint": fingerprint(model),
+        "state_fingerprint": fingerprint(state.everything()),
+        **meta,
+    }
     (temporary / "meta.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for file in temporary.iterdir():
         _flush(file)
@@ -95,6 +101,6 @@ def load_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
         )
     except Exception as error:  # whatever a torn file makes a parser raise
         raise CheckpointError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from error
-    if fingerprint(model) != meta.get("fingerprint") or meta.get("step") != state.version:
-        raise CheckpointError(f"checkpoint {path} is damaged: its parameters do not have the fingerprint in meta.json")
+    if fingerprint(state.everything()) != meta.get("state_fingerprint") or meta.get("step") != state.version:
+        raise CheckpointError(f"checkpoint {path} is damaged: its state does not have the fingerprint in meta.json")
     return state, meta

@@ -8,7 +8,7 @@ import torch
 from paramserver.errors import ConfigError
 from workers.config import WorkerConfig
 
-__all__ = ["device_kind", "setup_device"]
+__all__ = ["cpu_model", "device_kind", "setup_device"]
 
 
 def setup_device(config: WorkerConfig) -> torch.device:
@@ -42,7 +42,7 @@ def device_kind(config: WorkerConfig) -> dict[str, str | int | bool]:
         "precision": config.precision,
         "mkldnn": bool(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
     }
     if config.device == "cuda":
         kind["gpu"] = torch.cuda.get_device_name(config.device_index)
@@ -50,7 +50,8 @@ def device_kind(config: WorkerConfig) -> dict[str, str | int | bool]:
     return kind
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of the processor."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:

@@ -32,6 +32,9 @@ def describe_model(model: nn.Module, optimizer: OptimizerConfig, servers: Server
     if not trained:
         raise ConfigError("every parameter is frozen: nothing is left to train")
     persistent = model.state_dict(keep_vars=True)
+    for name, value in persistent.items():
+        if isinstance(value, nn.Parameter) and name not in parameters:
+            raise ConfigError(f"{name!r} is the same tensor as another parameter: tied parameters are not supported")
     buffers = {name: value for name, value in model.named_buffers() if name in persistent}
     floats = {name: value for name, value in buffers.items() if value.is_floating_point()}
     for name, value in {**trained, **floats}.items():

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from models.task import Batch, Task
+from models.task import Batch, LossSum, Task
+from paramserver.errors import ConfigError
 from paramserver.messages import MicrobatchStats
 from workers.backend import Backend
 from workers.config import WorkerConfig
@@ -85,11 +86,22 @@ class Worker:
             batch = self._next_batch()
         with self._timer.phase("compute"), self._backend.microbatch(index, last=last):
             with seeded("microbatch", self._config.plan.seed, step, index, device=self._replica.device):
-                with self._autocast():
-                    loss = self._task.loss(self._backend.module, batch)
+                loss = self._loss(batch)
                 loss.total.backward()  # type: ignore[no-untyped-call]
             # Reading the loss waits for the device, so that its time is booked here and not on the next stage.
             return MicrobatchStats(index, float(loss.total.detach()), float(loss.weight), len(batch))
+
+    def _loss(self, batch: Batch) -> LossSum:
+        try:
+            with self._autocast():
+                return self._task.loss(self._backend.module, batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ConfigError(
+                f"a batch norm sees one value a channel in a microbatch of {len(batch)} images: "
+                "raise --batch-size or --image-size, or lower --microbatches"
+            ) from error
 
     def _next_batch(self) -> Batch:
         return self._loader.next().to(self._replica.device, channels_last=self._config.channels_last)

@@ -59,7 +59,8 @@ class InProcessServers:
             if not done:
                 missing = self.servers[server].missing()
                 raise StepTimeout(
-                    f"step {version}: server {server} waits for microbatches {missing} after {timeout_s} s"
+                    f"step {version}: server {server} waits for microbatches {missing} "
+                    f"since {timeout_s:.0f} s (--step-timeout)"
                 )
             return self._commits[server]
 

@@ -56,9 +56,14 @@ def _within(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
 
 
+@cache
+def _names(found_by: str) -> dict[str, set[str]]:
+    find = {"import": _imported, "name": _used, "call": _calls}[found_by]
+    return {file: set(find(tree)) for file, tree in _sources().items()}
+
+
 def _files_that(uses: str, *, found_by: str) -> set[str]:
-    finders = {"import": _imported, "name": _used, "call": _calls}
-    return {file for file, tree in _sources().items() if any(_within(name, uses) for name in finders[found_by](tree))}
+    return {file for file, names in _names(found_by).items() if any(_within(name, uses) for name in names)}
 
 
 def test_ray_is_imported_in_cluster_alone() -> None:

@@ -1,6 +1,8 @@
 """Starting ``pushpull`` as a user does, and seeing what is left when it has gone."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,9 +38,9 @@ def ray_folders() -> set[str]:
     return {str(path) for path in Path(tempfile.gettempdir()).glob("pushpull-*")}
 
 
-def processes_of(folders: set[str]) -> list[str]:
-    """Command lines of live processes that name one of the folders."""
-    found = []
+def processes_of(folders: set[str]) -> dict[int, str]:
+    """Live processes whose command line names one of the folders."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
@@ -47,15 +49,22 @@ def processes_of(folders: set[str]) -> list[str]:
         except OSError:
             continue
         if any(folder in command for folder in folders):
-            found.append(command)
+            found[int(entry.name)] = command
     return found
+
+
+def end_processes_of(folders: set[str]) -> None:
+    """Kill what ``processes_of`` finds."""
+    for pid in processes_of(folders):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def gone(folders: set[str], within_s: float = 20.0) -> list[str]:
     """What is left of these clusters after waiting for it to go: processes and folders."""
     deadline = time.monotonic() + within_s
     while True:
-        left = processes_of(folders) + [folder for folder in folders if Path(folder).exists()]
+        left = [*processes_of(folders).values()] + [folder for folder in folders if Path(folder).exists()]
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.2)

@@ -51,7 +51,7 @@ def test_rows_of_both_kinds_of_scaling() -> None:
 
 
 def test_equality_runs_everything_on_the_same_microbatches() -> None:
-    plan = plan_task("ssd", BenchConfig(workers="1,3", image_size=64, batch_size=2))
+    plan = plan_task("ssd", BenchConfig(workers="1,3", image_size=64, batch_size=3))
     assert list(plan.equality) == [("single", 1), ("ps", 1), ("ps", 3), ("ddp", 1), ("ddp", 3)]
     # M = 4; nine images, so that one microbatch has more than the others.
     assert {(run.microbatches, run.batch_size, run.steps) for run in plan.equality.values()} == {(4, 9, 3)}
@@ -61,6 +61,11 @@ def test_equality_runs_everything_on_the_same_microbatches() -> None:
 def test_a_minibatch_larger_than_the_data_set_is_refused() -> None:
     with pytest.raises(ConfigError, match="weak scaling to 2: a minibatch of 600 images is larger"):
         plan_task("ssd", BenchConfig(batch_size=300, image_size=64))
+
+
+def test_strong_scaling_needs_an_image_for_each_worker() -> None:
+    with pytest.raises(ConfigError, match="strong scaling to 3: a minibatch of 2 images is smaller"):
+        plan_task("ssd", BenchConfig(workers="3", batch_size=2, image_size=64))
 
 
 def test_a_rows_command_names_its_settings() -> None:

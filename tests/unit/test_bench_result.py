@@ -40,7 +40,7 @@ def test_the_baseline_is_at_one_in_every_repeat() -> None:
 
 
 def test_a_missing_repeat_is_an_error() -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         row_result(Row("weak", "ps", 1, 8), [once(1.0)], [once(1.0), once(1.0)])
 
 

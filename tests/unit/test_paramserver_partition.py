@@ -36,7 +36,7 @@ configs = st.builds(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(models(), configs)
 def test_keys_are_aligned_and_slices_tile_the_groups_exactly(specs: list[KeySpec], config: ServerConfig) -> None:
     partition = make_partition(specs, config)
@@ -68,14 +68,14 @@ def test_keys_are_aligned_and_slices_tile_the_groups_exactly(specs: list[KeySpec
     assert covered == {key.name: key.numel for key in partition.keys}
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(models(), configs)
 def test_groups_follow_each_other_with_buffers_last(specs: list[KeySpec], config: ServerConfig) -> None:
     groups = [piece.group for piece in make_partition(specs, config).slices]
     assert groups == sorted(groups, key=lambda group: (group == BUFFERS, group))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(models(), configs)
 def test_slices_do_not_depend_on_the_number_of_servers(specs: list[KeySpec], config: ServerConfig) -> None:
     one = make_partition(specs, replace(config, num_servers=1))
@@ -84,7 +84,7 @@ def test_slices_do_not_depend_on_the_number_of_servers(specs: list[KeySpec], con
     assert [replace(piece, server=0) for piece in many.slices] == list(one.slices)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(models(), configs)
 def test_bytes_are_balanced_to_within_one_slice(specs: list[KeySpec], config: ServerConfig) -> None:
     partition = make_partition(specs, config)
@@ -97,7 +97,7 @@ def test_bytes_are_balanced_to_within_one_slice(specs: list[KeySpec], config: Se
         assert [piece.index for piece in pieces] == sorted(piece.index for piece in pieces)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(models(), configs, st.integers(0, 1 << 32))
 def test_flatten_and_unflatten_are_inverse_and_keep_strides(
     specs: list[KeySpec], config: ServerConfig, seed: int

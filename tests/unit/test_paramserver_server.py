@@ -63,7 +63,7 @@ def test_the_mean_of_known_pushes_is_applied_once() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[PushPullError], str]] = {
-    "a step that is committed": ({"step": 0}, StaleContribution, "worker 0 for step 0: server 0 has committed"),
+    "a step committed long ago": ({"step": -1}, StaleContribution, "worker 0 for step -1: server 0 has committed"),
     "a step that is not open yet": ({"step": 2}, PushRefused, "step 2: server 0 is at version 1, .* not open yet"),
     "another run": ({"run": "run-1"}, StaleContribution, "of run run-1, generation 0, an earlier one"),
     "an older generation": ({"generation": -1}, StaleContribution, "generation -1, an earlier one"),
@@ -342,3 +342,14 @@ def test_a_server_without_slices_takes_part() -> None:
     fleet.step({"w": torch.ones(3)})
     assert torch.equal(fleet.state().values["w"], -torch.ones(3))
     assert {server.version for server in fleet.servers} == {1}
+
+
+def test_a_repetition_that_comes_after_the_commit_is_answered_and_not_applied() -> None:
+    """Transports may deliver twice, and late: the sender has done nothing wrong."""
+    fleet = _fleet()
+    _complete(fleet, 0)
+    fleet.client().wait(1)
+    fleet.servers[0].push(fleet.push(0, LEAVES[0], {}))
+    _complete(fleet, 1)
+    fleet.client().wait(2)
+    _expect_steps(fleet, 2)

@@ -1,6 +1,7 @@
 """Stage 7 in numbers: the divisor, clipping, and float buffers (E1, E4, E8)."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from paramserver.config import OptimizerConfig
 from paramserver.messages import MicrobatchStats, Report
 from paramserver.reduction import Node
 from paramserver.vote import decide
-from tests.support.servers import Fleet, bits_equal
+from tests.support.servers import Fleet, bits_equal, rows_of
 
 
 def _rows(weights: list[float], samples: list[int]) -> tuple[MicrobatchStats, ...]:
@@ -34,6 +35,30 @@ def test_root_over_weight_is_a_true_division() -> None:
     fleet.step({"w": sums}, stats=_rows([7.0], [7]))
     assert torch.equal(fleet.state().values["w"], -(sums / 7.0))
     assert not torch.equal(sums / 7.0, sums * (1.0 / 7.0))
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"weight_decay": 0.1, "clip_grad_norm": 1e-3},
+        {"name": "adam", "weight_decay": 0.1},
+        {"on_nan": "skip"},
+    ],
+)
+def test_what_was_pushed_is_read_and_never_written(settings: dict[str, Any], num_microbatches: int) -> None:
+    """A worker's memory is the worker's: also where one push is the root, and nothing has to be added."""
+    values = {"w": torch.randn(150), "bn": torch.randn(3)}
+    fleet = Fleet(values, OptimizerConfig(lr=0.1, **settings), num_microbatches=num_microbatches, buffers=["bn"])
+    client = fleet.client()
+    for step in range(2):
+        pushed = [torch.randn(fleet.partition.length) for _ in range(num_microbatches)]
+        copies = [vector.clone() for vector in pushed]
+        for index, vector in enumerate(pushed):
+            client.push(step, Node(index, index + 1), vector, rows_of(Node(index, index + 1), weight=2.0), {})
+        client.wait(step + 1)
+        assert all(torch.equal(vector, copy) for vector, copy in zip(pushed, copies, strict=True))
 
 
 # -- float buffers -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from paramserver.errors import ReplicaMismatch
 from tests.support.tiny_task import TinyTask
 from tests.support.training import Run, train_single, train_workers
 from workers.config import PlanConfig, WorkerConfig
+from workers.seeding import seeded
 from workers.timing import PHASES
 
 # 31 samples in minibatches of 15: unequal microbatches, and one of a single sample with three empty ones.
@@ -169,3 +170,29 @@ class _MaskTask(TinyTask):
 def test_a_buffer_with_infinities_that_nobody_touches_keeps_them() -> None:
     run = train_single(_MaskTask(), CONFIG, OptimizerConfig(lr=0.1), SLICES)
     assert torch.equal(run.state.values["mask"], torch.tensor([0.0, -torch.inf, torch.inf, 0.1]))
+
+
+class _DrawingTask(TinyTask):
+    """Notes what the global generator gives to each forward pass, by the samples of its microbatch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: dict[tuple[int, ...], float] = {}
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        self.drawn[tuple(batch.ids.tolist())] = float(torch.rand(()))
+        return super().loss(model, batch)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_dropout_draws_from_the_seed_the_step_and_the_microbatch(num_workers: int) -> None:
+    task, optimizer = _DrawingTask(), OptimizerConfig(lr=0.1)
+    run = train_workers(task, replace(CONFIG, num_workers=num_workers, evaluate=False), optimizer, SLICES)
+    wanted = {}
+    for step, microbatches in enumerate(run.samples):
+        for index, samples in microbatches:
+            if samples:
+                with seeded("microbatch", PLAN.seed, step, index):
+                    wanted[tuple(samples)] = float(torch.rand(()))
+    assert task.drawn == wanted
+    assert len(set(wanted.values())) == len(wanted) == 17

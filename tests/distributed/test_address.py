@@ -1,0 +1,43 @@
+"""Joining a cluster that somebody else started."""
+
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import end_processes_of
+from tests.support.runs import HARD, SMALL, train
+
+
+@pytest.fixture
+def head(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A Ray head with a token of its own, on loopback."""
+    folder = tmp_path_factory.mktemp("ray", numbered=True)
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    ray = str(Path(sys.executable).with_name("ray"))
+    port = "16379"
+    command = [ray, "start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=4"]
+    home = Path(tempfile.mkdtemp(prefix="pp-"))  # a socket's path may have about 108 bytes: pytest's are too long
+    command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={home}"]
+    started = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert started.returncode == 0, started.stderr
+    yield f"127.0.0.1:{port}"
+    end_processes_of({str(home)})  # "ray stop" would end every cluster of this machine
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def test_a_run_on_a_joined_cluster_has_the_bits_of_single(head: str, tmp_path: Path) -> None:
+    settings = {**SMALL["ssd"], **HARD, "steps": 2}
+    joined = train(tmp_path, "ps", backend="ps", workers=2, address=head, **settings)
+    single = train(tmp_path, "single", backend="single", **settings)
+    assert joined.summary["fingerprint"] == single.summary["fingerprint"]

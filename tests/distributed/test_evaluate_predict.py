@@ -1,0 +1,164 @@
+"""``pushpull evaluate`` gives the training's own numbers; ``pushpull predict`` draws into copies of pictures."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from PIL import Image
+
+from launch.cli import main
+from launch.evaluate import evaluate_run
+from launch.predict import predict_images
+from models.errors import DataError
+from models.options import TaskOptions
+from models.pictures import read_image
+from models.registry import build_task
+from paramserver.errors import CheckpointError, ConfigError
+from tests.support.runs import SMALL, train
+
+STEPS = {"backend": "single", "device": "cpu", "batch_size": 4, "steps": 2}
+COUNT = f"{Path(__file__).resolve().parents[2] / 'examples' / 'count_task.py'}:CountTask"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finished runs ``ssd``, ``fcn`` and ``count``; ``ssd`` with two checkpoints and evaluations."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder, "ssd", **SMALL["ssd"], **STEPS, eval_every=1, checkpoint_every=1)
+    train(folder, "fcn", **SMALL["fcn"], **STEPS, channels_last=True)
+    train(folder, "count", task=COUNT, **STEPS)
+    return folder
+
+
+def same(left: Mapping[str, float], right: Mapping[str, float]) -> bool:
+    """Whether all values are equal; NaN equals NaN."""
+    return left.keys() == right.keys() and all(
+        left[name] == right[name] or (math.isnan(left[name]) and math.isnan(right[name])) for name in left
+    )
+
+
+@pytest.mark.parametrize("task", ["ssd", "fcn", "count"])
+def test_evaluate_repeats_the_training_s_numbers(task: str, out: Path) -> None:
+    run = out / task
+    at_end = json.loads((run / "summary.json").read_text())["metrics"]
+    assert same(evaluate_run(str(run), data=None, threads=None), at_end)
+
+
+def test_evaluate_takes_one_checkpoint_of_several(out: Path) -> None:
+    run = out / "ssd"
+    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if row.pop("step") == 1)
+    assert same(evaluate_run(str(run / "checkpoints" / "step_1"), data=None, threads=None), first)
+
+
+def test_evaluate_prints_names_and_values(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(out / "count"), "--threads", "1"]) == 0
+    name, value = capsys.readouterr().out.split()
+    assert name == "accuracy"
+    metrics = json.loads((out / "count" / "summary.json").read_text())["metrics"]
+    assert value == f"{metrics['accuracy']:.4f}"
+
+
+def test_weights_load_without_pushpull(out: Path) -> None:
+    weights = safetensors.torch.load_file(out / "fcn" / "checkpoints" / "step_2" / "model.safetensors")
+    model = build_task("fcn", TaskOptions()).build_model()
+    model.load_state_dict(weights, strict=True)
+
+
+def test_evaluate_refuses_what_is_no_run(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a run folder: it has no config"):
+        evaluate_run(str(tmp_path), data=None, threads=None)
+    with pytest.raises(ConfigError, match="no such folder"):
+        evaluate_run(str(out / "ssd"), data="voc:/no/such/folder", threads=None)
+    with pytest.raises(ConfigError, match="--threads is 0"):
+        evaluate_run(str(out / "ssd"), data=None, threads=0)
+    shutil.copy(out / "ssd" / "config.yaml", tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        evaluate_run(str(tmp_path), data=None, threads=None)
+
+
+def test_evaluate_refuses_a_checkpoint_of_another_model(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out / "ssd", tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "classes": "disc"}))
+    with pytest.raises(CheckpointError, match=r"step_2 does not fit the model: 'class_heads.*' is \(\d+,.* in the one"):
+        evaluate_run(str(tmp_path / "run"), data=None, threads=None)
+
+
+# --- predict ---
+
+
+def picture(path: Path, width: int, height: int) -> Path:
+    """Coloured noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("task", ["ssd", "fcn"])
+def test_predict_draws_into_copies(
+    task: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide, small = picture(tmp_path / "wide.png", 90, 50), picture(tmp_path / "small.jpg", 20, 30)
+    # Two steps teach nothing: let the least likely object be drawn.
+    monkeypatch.setattr("models.ssd.task._DRAWN_SCORE", 0.0)
+    before = wide.read_bytes()
+    assert main(["predict", str(out / task), str(wide), str(small)]) == 0
+    folder = out / task / "predictions"
+    assert capsys.readouterr().out.splitlines() == [f"{folder}/wide.png", f"{folder}/small.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["small.png", "wide.png"]
+    with Image.open(folder / "wide.png") as drawn, Image.open(wide) as original:
+        assert drawn.size == original.size
+        assert (drawn.format, drawn.mode) == ("PNG", "RGB")
+        assert np.any(np.asarray(drawn) != np.asarray(original))
+    with Image.open(folder / "small.png") as drawn:
+        assert drawn.size == (20, 30)
+    assert wide.read_bytes() == before
+
+
+def test_predict_overwrites_neither_another_picture_nor_an_input(out: Path, tmp_path: Path) -> None:
+    first, second = picture(tmp_path / "a" / "same.png", 70, 70), picture(tmp_path / "b" / "same.jpg", 80, 80)
+    before = first.read_bytes()
+    written = predict_images(
+        str(out / "ssd"), [str(first), str(second), str(first)], out=str(tmp_path / "a"), threads=None
+    )
+    assert [path.name for path in written] == ["same-2.png", "same-3.png", "same-4.png"]
+    assert first.read_bytes() == before
+    assert [read_image(path).shape[2] for path in written] == [70, 80, 70]
+
+
+def test_predict_writes_nothing_if_a_picture_is_broken(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, broken = picture(tmp_path / "good.png", 70, 70), picture(tmp_path / "broken.png", 70, 70)
+    broken.write_bytes(broken.read_bytes()[:1000])
+    command = ["predict", str(out / "ssd"), "--out", str(tmp_path / "drawn"), str(good)]
+    assert main([*command, str(broken)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pushpull: broken image: {broken}: ")
+    with pytest.raises(DataError, match=r"missing image: .*other\.png"):
+        predict_images(str(out / "ssd"), [str(good), str(tmp_path / "other.png")], out=None, threads=None)
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_predict_says_where_it_cannot_write(out: Path, tmp_path: Path) -> None:
+    good = picture(tmp_path / "good.png", 70, 70)
+    with pytest.raises(ConfigError, match="--out: cannot write to /proc/pictures"):
+        predict_images(str(out / "ssd"), [str(good)], out="/proc/pictures", threads=None)
+
+
+def test_predict_needs_a_task_that_draws(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = picture(tmp_path / "good.png", 70, 70)
+    assert main(["predict", str(out / "count"), str(good)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "pushpull: task count does not draw: give its class the methods prepare and draw of models.task.Drawable"
+    )
+    assert torch.is_grad_enabled()

@@ -1,0 +1,57 @@
+"""However a run ends, nothing is left behind, and what it wrote can be gone on from."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import gone, ray_folders, shared_memory, start, wait_for_line
+from tests.support.runs import train
+
+# A constant learning rate: it does not depend on where the run was to end.
+SETTINGS = {
+    "task": "ssd",
+    "image_size": "64",
+    "batch_size": 8,
+    "microbatches": 2,
+    "evaluate": False,
+    "schedule": "constant",
+    "warmup_steps": 0,
+}
+SMALL = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in SETTINGS.items() if name != "task"]
+BACKENDS = {"single": [], "ps": ["--workers", "2"], "ddp": ["--workers", "2"]}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sigterm_writes_a_checkpoint_that_continues_to_the_same_bits(tmp_path: Path, backend: str) -> None:
+    arguments = ["train", "ssd", "--backend", backend, *BACKENDS[backend], *SMALL, "--out", str(tmp_path)]
+    process = start(*arguments, "--steps", "500", "--name", "stopped")
+    wait_for_line(process, "step 2/")
+    process.send_signal(signal.SIGTERM)
+    _, complaint = process.communicate(timeout=90)
+    assert process.returncode == 143, complaint
+    folder = tmp_path / "stopped"
+    assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    steps = json.loads((folder / "summary.json").read_text())["steps"]
+    assert 2 <= steps < 500
+    assert (folder / "checkpoints" / f"step_{steps}" / "meta.json").exists()
+    settings = {**SETTINGS, "steps": steps + 1}
+    resumed = train(tmp_path, "on", backend="single", resume=str(folder), **settings)
+    whole = train(tmp_path, "whole", backend="single", **settings)
+    assert resumed.summary["fingerprint"] == whole.summary["fingerprint"]
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    folders, memory = ray_folders(), shared_memory()
+    process = start("train", "ssd", "--backend", "ps", "--workers=2", *SMALL, "--steps=500", f"--out={tmp_path}")
+    wait_for_line(process, "step 1/")
+    ours = ray_folders() - folders
+    assert ours
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert complaint.strip().splitlines() == ["pushpull: interrupted"]
+    assert gone(ours) == []
+    assert shared_memory() <= memory
