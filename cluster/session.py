@@ -24,6 +24,7 @@ _PROBE_S = 5.0
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: anything else on the machine would go first
     "RAY_DEDUP_LOGS": "0",  # it takes "step 1" and "step 2" for the same line
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # masking GPUs per actor breaks peer access

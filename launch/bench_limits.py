@@ -53,7 +53,7 @@ def _explain(row: RowResult, baseline: RowResult, *, servers: int, cores: int | 
         ((name, ms) for name, ms in lost_ms.items() if name != "compute" and ms > _NOTEWORTHY * row.step_ms.median),
         key=lambda item: -item[1],
     )
-    parts = [compute, *(f"{name} adds {ms:.0f} ms" for name, ms in added)]
+    parts = [compute, *(f"{name} adds {ms:.0f} ms" for name, ms in added[:4])]
     text += "; ".join(parts) + "."
     if cores is not None and row.workers > 1 and row.workers + servers > cores:
         also = f" and {servers} server{'s' * (servers > 1)}" if servers else ""

@@ -52,7 +52,7 @@ def plan_task(task: str, config: BenchConfig) -> TaskPlan:
     """Work out the rows of one task.
 
     Raises:
-        ConfigError, models.errors.TaskError, models.errors.DataError: if a row could not run.
+        ConfigError: if a row could not run.
     """
     first = resolve(_run_config(task, config, "single", 1, config.batch_size or _OTHER_BATCH, 1, 1))
     device_batch = config.batch_size or _DEVICE_BATCH.get(first.task.name, _OTHER_BATCH)
@@ -62,8 +62,11 @@ def plan_task(task: str, config: BenchConfig) -> TaskPlan:
         _check_size(task, row, first.num_samples)
         backend: Backend = "single" if row.backend == BASELINE else row.backend
         # A minibatch is cut into one part for each device; the baseline never cuts it.
-        rows[row] = _checked(_run_config(task, config, backend, row.workers, row.batch_size, row.workers, steps))
-    return TaskPlan(first.task.name, device_batch, rows, _equality(task, config), first.simulated, _model_bytes(first))
+        rows[row] = _run_config(task, config, backend, row.workers, row.batch_size, row.workers, steps)
+    for backend in config.backend_names:
+        resolve(max((run for run in rows.values() if run.backend == backend), key=lambda run: run.workers or 1))
+    equality = _equality(task, config, first.num_samples)
+    return TaskPlan(first.task.name, device_batch, rows, equality, first.simulated, _model_bytes(first))
 
 
 def _check_size(task: str, row: Row, num_samples: int) -> None:
@@ -86,11 +89,11 @@ def _rows(config: BenchConfig, device_batch: int) -> list[Row]:
     return rows
 
 
-def _equality(task: str, config: BenchConfig) -> dict[tuple[Backend, int], RunConfig]:
+def _equality(task: str, config: BenchConfig, num_samples: int) -> dict[tuple[Backend, int], RunConfig]:
     if not config.equality_steps:
         return {}
     M = 1 << (max(config.worker_counts) - 1).bit_length()
-    batch_size = 2 * M + (M > 1)  # one part has a sample more than the others: weights matter
+    batch_size = min(num_samples, 2 * M + (M > 1))  # one part has a sample more than the others: weights matter
     runs: list[tuple[Backend, int]] = [("single", 1)]
     runs += [
         (backend, workers)
@@ -99,7 +102,7 @@ def _equality(task: str, config: BenchConfig) -> dict[tuple[Backend, int], RunCo
         for workers in config.worker_counts
     ]
     return {
-        (backend, workers): _checked(_run_config(task, config, backend, workers, batch_size, M, config.equality_steps))
+        (backend, workers): _run_config(task, config, backend, workers, batch_size, M, config.equality_steps)
         for backend, workers in runs
     }
 
@@ -126,11 +129,6 @@ def _run_config(
         drop_last=True,  # a short minibatch would be a fast step
         evaluate=False,
     )
-
-
-def _checked(run: RunConfig) -> RunConfig:
-    resolve(run)
-    return run
 
 
 def _model_bytes(run: Resolved) -> int:

@@ -67,4 +67,8 @@ class ReportConsole:
 def equality_heading(result: BenchResult, checks: Sequence[Equality]) -> str:
     """What was compared."""
     steps = result.config["equality_steps"]
-    return f"Equality after {steps} steps from the same start, to the bit:" if checks else "Equality: not checked."
+    return (
+        f"Equality after {steps} step{'s' * (steps > 1)} from the same start, to the bit:"
+        if checks
+        else "Equality: not checked."
+    )

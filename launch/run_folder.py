@@ -131,8 +131,14 @@ class RunFolder:
                 return
 
     def cut_back(self, step: int, source: "RunFolder") -> None:
-        """Keep ledger and metrics up to ``step``, taken from the run that is resumed (which may be this one)."""
-        for name in ("metrics.jsonl", "ledger.jsonl"):
+        """Keep ledger and metrics up to ``step``, taken from the run that is resumed (which may be this one).
+
+        Later checkpoints of this folder go: they belong to steps that are about to be taken again.
+        """
+        for later in self.checkpoints.glob("step_*"):
+            if later.name[5:].isdigit() and int(later.name[5:]) > step:
+                shutil.rmtree(later)
+        for name in ("metrics.jsonl", "ledger.jsonl", "evaluations.jsonl"):
             kept = [row for row in source.rows(name) if row["step"] <= step]
             temporary = self.path / f".{name}.{os.getpid()}"
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from launch.recorder import Recorder, checkpoint_meta
 from launch.resolve import Resolved, resolve
 from launch.run_folder import RunFolder, read_json
 from launch.torchrun import run_under_torchrun
-from paramserver.errors import CheckpointError
+from models.errors import TaskError
+from paramserver.errors import CheckpointError, PushPullError
 from paramserver.state import State
 from workers.checkpoint import find_checkpoint, load_checkpoint
 from workers.install import check_install
@@ -134,11 +136,19 @@ def _status(folder: RunFolder, *, active: bool) -> Iterator[dict[str, Any]]:
             write()
         raise
     except BaseException as error:
-        status.update(state="failed", exit_code=1, error=str(error) or type(error).__name__)
+        status.update(state="failed", exit_code=1, error=_described(error))
         # Whichever rank fails is heard, and the first one best: the others then fail for want of it.
         if folder.path.is_dir() and not _has_failed(folder):
             write()
         raise
+
+
+def _described(error: BaseException) -> str:
+    """Our own errors say all there is; of others the class and the place matter, too."""
+    if isinstance(error, PushPullError | TaskError):
+        return str(error)
+    *_, place = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
 
 
 def _has_failed(folder: RunFolder) -> bool:

@@ -71,7 +71,8 @@ def read_task(name: str) -> TaskSource:
 def build_task(source: TaskSource | str, options: TaskOptions) -> Task:
     """Build a task.
 
-    A user's class is called with ``options`` if its constructor takes an argument, else with none.
+    A user's class is called with ``options`` if its constructor needs an argument or has one of that name, else
+    with none.
 
     Raises:
         TaskError: if there is no such task, file or class, or the class is not a task.
@@ -83,13 +84,19 @@ def build_task(source: TaskSource | str, options: TaskOptions) -> Task:
     factory = getattr(_load_text(Path(path), source.text), attribute, None)
     if factory is None:
         raise TaskError(f"{path} has no {attribute!r}: name the class of the task after the colon")
-    task: Task = factory(options) if inspect.signature(factory).parameters else factory()
+    task: Task = factory(options) if _wants_options(factory) else factory()
     missing = [method for method in _TASK_METHODS if not callable(getattr(task, method, None))]
     if missing:
         raise TaskError(f"{source.name} is not a task: it lacks {', '.join(missing)} (see models/task.py)")
     if not hasattr(task, "name"):
         task.name = attribute
     return task
+
+
+def _wants_options(factory: Callable[..., Task]) -> bool:
+    parameters = inspect.signature(factory).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(p.kind in named and (p.default is p.empty or p.name == "options") for p in parameters)
 
 
 def _load_text(path: Path, text: str) -> ModuleType:

@@ -17,7 +17,7 @@ from paramserver.state import State
 
 __all__ = ["find_checkpoint", "load_checkpoint", "save_checkpoint"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save_checkpoint(folder: Path, state: State, meta: Mapping[str, Any]) -> Path:
@@ -101,6 +101,11 @@ def load_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
         )
     except Exception as error:  # whatever a torn file makes a parser raise
         raise CheckpointError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from error
+    if meta.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {meta.get('format')}, this version of PushPull reads {_FORMAT}: "
+            "its model.safetensors can still be loaded by itself"
+        )
     if fingerprint(state.everything()) != meta.get("state_fingerprint") or meta.get("step") != state.version:
         raise CheckpointError(f"checkpoint {path} is damaged: its state does not have the fingerprint in meta.json")
     return state, meta

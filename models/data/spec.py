@@ -37,5 +37,5 @@ def parse_data_spec(text: str, supported: tuple[str, ...] = _KINDS) -> DataSpec:
         raise DataError(f"--data {text!r} lacks its folder: write {kind}:PATH")
     path = Path(rest).expanduser()
     if not path.is_dir():
-        raise DataError(f"--data {text}: no such folder: {path}")
+        raise DataError(f"--data {text}: no such folder: {path}; check the path")
     return DataSpec(kind, path)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from launch.cli import main
 from tests.support.processes import PUSHPULL
+from tests.support.runs import train
 
 _TINY = "--backend single --device cpu --image-size 64 --batch-size 4 --steps 2 --evaluate false"
 TINY = _TINY.split()
@@ -250,8 +251,8 @@ def test_unknown_label_in_a_mask(tmp_path: Path, fails: Fails) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of two steps."""
     out = tmp_path_factory.mktemp("finished")
-    assert main(["train", "ssd", *TINY, "--out", str(out), "--name", "run"]) == 0
-    return out / "run"
+    settings = {"backend": "single", "device": "cpu", "batch_size": 4, "steps": 2, "evaluate": False}
+    return train(out, "run", task="ssd", image_size=64, **settings).folder
 
 
 def test_resume_with_other_settings(finished: Path, refused: Fails) -> None:
