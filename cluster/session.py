@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import secrets
 import shutil
@@ -89,10 +90,16 @@ def _local(folder: Path, num_cpus: int, num_gpus: int, store_bytes: int) -> Iter
         ray.shutdown()
 
 
+@functools.cache
+def _token() -> str:
+    """One token for all private clusters of this process: Ray reads it once and keeps it."""
+    return secrets.token_hex(32)
+
+
 def _private(folder: Path) -> dict[str, str]:
     token = folder / "token"
     token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
+    token.write_text(_token())
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),

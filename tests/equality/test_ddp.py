@@ -12,7 +12,7 @@ from workers.checkpoint import load_checkpoint
 GRID = [(microbatches, batch_size) for microbatches in (2, 4) for batch_size in (16, 15)]
 
 
-@pytest.mark.parametrize("task", SMALL)
+@pytest.mark.parametrize("task", ["ssd", pytest.param("fcn", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_bits_of_single(tmp_path: Path, task: str) -> None:
     """Parameters and batch-norm buffers, with two and with four microbatches, equal and unequal."""
     cases = [
@@ -26,6 +26,13 @@ def test_two_ranks_give_the_bits_of_single(tmp_path: Path, task: str) -> None:
         assert result["losses"][-1] == single.summary["loss"]["last"]
 
 
+def test_two_ranks_give_the_bits_of_single_for_fcn(tmp_path: Path) -> None:
+    """The hardest case of the grid above; the rest of it is slow."""
+    case = {**SMALL["fcn"], **HARD}
+    (result,) = run_ddp_cases(tmp_path, 2, [case])
+    assert result["fingerprint"] == train(tmp_path, "single", backend="single", **case).summary["fingerprint"]
+
+
 def test_a_rank_without_samples_joins_with_zeros(tmp_path: Path) -> None:
     """The second minibatch has one sample: rank 1 has none, and DDP waits for all."""
     case = {**SMALL["ssd"], **HARD, "batch_size": 511, "microbatches": 2, "steps": 2}
@@ -34,7 +41,7 @@ def test_a_rank_without_samples_joins_with_zeros(tmp_path: Path) -> None:
     assert result["fingerprint"] == single.summary["fingerprint"]
 
 
-@pytest.mark.parametrize("task", SMALL)
+@pytest.mark.parametrize("task", ["ssd", pytest.param("fcn", marks=pytest.mark.slow)])
 def test_three_ranks_take_the_same_step_from_the_same_state(tmp_path: Path, task: str) -> None:
     """The sum of three ranks has another order: each of six steps, from single's state, within 1e-5 of the update."""
     settings = {**SMALL[task], **HARD, "checkpoint_every": 1}

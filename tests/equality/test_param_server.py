@@ -7,8 +7,9 @@ import pytest
 
 from tests.support.runs import HARD, SMALL, train
 
-CORE = [(1, 2), (2, 1), (3, 2), (4, 1)]
-ALL = [(workers, servers) for workers in (1, 2, 3, 4) for servers in (1, 2)]
+ALL = [(task, workers, servers) for task in SMALL for workers in (1, 2, 3, 4) for servers in (1, 2)]
+CORE = [("ssd", 1, 2), ("ssd", 2, 1), ("ssd", 3, 2), ("ssd", 4, 1), ("fcn", 3, 2)]
+"""In every run; the others take minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,7 @@ def check(out: Path, single: dict[str, dict[str, Any]], task: str, workers: int,
     assert result.summary["loss"] == single[task]["loss"]
 
 
-@pytest.mark.parametrize("task", SMALL)
-@pytest.mark.parametrize(("workers", "servers"), CORE)
+@pytest.mark.parametrize(("task", "workers", "servers"), CORE)
 def test_same_bits_as_single(
     ray_cluster: None, tmp_path: Path, single: dict[str, dict[str, Any]], task: str, workers: int, servers: int
 ) -> None:
@@ -34,8 +34,7 @@ def test_same_bits_as_single(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", SMALL)
-@pytest.mark.parametrize(("workers", "servers"), [pair for pair in ALL if pair not in CORE])
+@pytest.mark.parametrize(("task", "workers", "servers"), [case for case in ALL if case not in CORE])
 def test_same_bits_as_single_for_the_rest(
     ray_cluster: None, tmp_path: Path, single: dict[str, dict[str, Any]], task: str, workers: int, servers: int
 ) -> None:
@@ -75,7 +74,7 @@ def test_the_last_minibatch_may_be_shorter_than_the_workers(ray_cluster: None, t
     assert several.summary["state_fingerprint"] == single.summary["state_fingerprint"]
 
 
-@pytest.mark.parametrize("task", SMALL)
+@pytest.mark.parametrize("task", ["ssd", pytest.param("fcn", marks=pytest.mark.slow)])
 def test_resuming_between_steps_gives_the_uninterrupted_bits(
     ray_cluster: None, tmp_path: Path, single: dict[str, dict[str, Any]], task: str
 ) -> None:
