@@ -3,16 +3,17 @@
 import asyncio
 import os
 import platform
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 import torch
 
-from cluster.ray_transport import RayTransport, WirePush, from_wire
+from cluster.ray_transport import WirePush, from_wire
+from cluster.route import route
 from models.options import TaskOptions
 from models.registry import TaskSource, build_task
 from paramserver.config import OptimizerConfig, ServerConfig
@@ -21,6 +22,9 @@ from paramserver.messages import Commit, Decision, Hello, Report
 from paramserver.partition import Partition
 from paramserver.server import Server
 from paramserver.state import ServerSnapshot, State
+from paramserver.transport.channel import Address
+from paramserver.transport.hub import Hub
+from paramserver.transport.versions import VersionsArena, attach_versions
 from paramserver.vote import decide
 from workers.assembly import build_param_server_worker, build_parts
 from workers.config import WorkerConfig
@@ -29,6 +33,10 @@ from workers.install import check_install
 from workers.report import EvaluationReport, StepReport
 
 __all__ = ["Place", "ServerActor", "WorkerActor"]
+
+T = TypeVar("T")
+
+_VOTE_S = 60.0
 
 
 class Place(NamedTuple):
@@ -60,7 +68,14 @@ def _prepare_process() -> None:
 
 
 class ServerActor:
-    """An asynchronous actor around ``Server``: a ``wait`` in progress must not keep out the push that ends it."""
+    """An asynchronous actor around a ``Hub``: workers of this node reach it by its socket, all others by these calls.
+
+    Args:
+        index, partition, optimizer, num_microbatches, state, run: see ``Server``.
+        threads: how many threads sum and update.
+        held_versions: versions that are held until a snapshot of them was taken.
+        arena_dir: where shared memory is made.
+    """
 
     def __init__(
         self,
@@ -72,59 +87,80 @@ class ServerActor:
         run: str,
         threads: int,
         held_versions: Sequence[int],
+        arena_dir: str,
     ) -> None:
         _prepare_process()
-        torch.set_num_threads(threads)
-        self._server = Server(index, partition, optimizer, num_microbatches, state, run)
+        torch.set_num_threads(1)  # slices go to several threads, one operation does not
+        self._index = index
+        self._partition = partition
+        self._optimizer = optimizer
+        self._num_microbatches = num_microbatches
+        self._state: State | None = state
+        self._run = run
+        self._threads = threads
         self._held_versions = frozenset(held_versions)
+        self._arena_dir = Path(arena_dir)
         self._peers: list[Any] = []
-        self._changed = asyncio.Condition()
-        self._commit: Commit | None = None
+        self._waiting: list[asyncio.Future[None]] = []
         self._published: tuple[int, Any] = (-1, None)
-        self._failure: Exception | None = None
-        self._advancing = False
-        self._stop = False
         self._reports: dict[int, Report] = {}
         self._decision: asyncio.Future[Decision] | None = None
 
-    async def meet(self, servers: Sequence[Any]) -> Place:
-        """Learn the handles of all servers; says where this one runs."""
-        self._peers = list(servers)
+    async def place(self) -> Place:
+        """Where this server runs."""
         return _place()
 
-    async def hello(self) -> Hello:
-        """See ``Server.hello``."""
-        return self._server.hello()
+    async def open(self, peers: Sequence[Any], beside: Address | None) -> Address:
+        """Begin to serve.
 
-    async def push(self, push: WirePush) -> None:
-        """See ``Server.push``."""
-        self._server.push(from_wire(push))
-        await self._advance()
+        Args:
+            peers: handles of all servers.
+            beside: address of a server on this node whose arena is to be shared; None makes one.
 
-    async def _advance(self) -> None:
-        """Update and commit once everything has arrived; one at a time, since a vote is waited for in between."""
-        if self._advancing or not self._server.ready:
-            return
-        self._advancing = True
+        Returns:
+            Where workers of this node connect.
+        """
+        self._peers = list(peers)
+        self._loop = asyncio.get_running_loop()
+        versions = (
+            VersionsArena.create(self._partition, self._arena_dir)
+            if beside is None
+            else attach_versions(beside, self._partition)
+        )
+        assert self._state is not None
+        server = Server(
+            self._index,
+            self._partition,
+            self._optimizer,
+            self._num_microbatches,
+            self._state,
+            self._run,
+            versions.vectors,
+        )
+        self._state = None  # copied: its memory in the object store is not needed any more
+        self._server = server
+        vote = self._ask_vote if len(self._peers) > 1 else None
+        self._hub = Hub(server, versions, threads=self._threads, vote=vote, on_change=self._changed)
+        return self._hub.address
+
+    def _changed(self, commit: Commit | None) -> None:
+        """In the hub's thread: a version was committed, or the run failed here."""
+        if commit is not None and commit.version in self._held_versions:
+            self._server.hold(commit.version)
+        self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def _ask_vote(self, report: Report) -> Decision:
         try:
-            decision = None
-            if self._server.config.needs_vote:
-                decision = await self._peers[0].vote.remote(self._server.report())
-            self._server.update(decision)
-            begin = time.perf_counter()
-            commit = self._server.commit()
-            if self._server.version in self._held_versions:
-                self._server.hold(self._server.version)
-            self._publish()
-            busy = {**commit.server_ms, "commit": 1e3 * (time.perf_counter() - begin)}
-            # Fixed here, so that all workers read the same answer.
-            self._commit = replace(commit, server_ms=busy, stop=self._stop)
-        except Exception as error:
-            self._failure = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-        finally:
-            self._advancing = False
-        async with self._changed:
-            self._changed.notify_all()
+            decision: Decision = ray.get(self._peers[0].vote.remote(report), timeout=_VOTE_S)
+        except ray.exceptions.GetTimeoutError:
+            raise StepTimeout(f"server {self._index} had no decision of the others within {_VOTE_S:.0f} s") from None
+        return decision
 
     async def vote(self, report: Report) -> Decision:
         """Server 0 alone: collect all reports of a step, then give everybody the same decision."""
@@ -133,53 +169,67 @@ class ServerActor:
         future = self._decision
         self._reports[report.server] = report
         if len(self._reports) == len(self._peers):
-            future.set_result(decide(list(self._reports.values()), self._server.config))
+            future.set_result(decide(list(self._reports.values()), self._optimizer))
             self._reports.clear()
             self._decision = None
         return await future
 
-    def _publish(self) -> None:
-        version = self._server.version
-        integers = {name: value.numpy() for name, value in self._server.integers(version).items()}
-        self._published = (version, ray.put((self._server.flat(version).numpy(), integers)))
+    async def _in_hub(self, function: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self._hub.call(function))
+
+    async def hello(self) -> Hello:
+        """See ``Server.hello``."""
+        return await self._in_hub(self._server.hello)
+
+    async def push(self, push: WirePush) -> None:
+        """See ``Server.push``."""
+        await asyncio.wrap_future(self._hub.push(from_wire(push)))
 
     async def publish(self, version: int) -> list[Any]:
-        """A list with the reference of (flat vector, integer buffers) at ``version``."""
-        self._server.values(version)  # raises if it is gone
+        """A list with the reference of (slices, integer buffers) at ``version``, in Ray's object store."""
         if self._published[0] != version:
-            self._publish()
+            values = await self._in_hub(lambda: self._server.values(version))
+            integers = await self._in_hub(lambda: self._server.integers(version))
+            arrays = {name: value.numpy() for name, value in integers.items()}
+            self._published = (version, ray.put(([value.numpy() for value in values], arrays)))
         return [self._published[1]]
 
     async def wait(self, version: int, timeout_s: float) -> tuple[Commit, list[Any]]:
         """The commit of ``version`` and the reference of its values, as soon as there is one."""
-
-        def arrived() -> bool:
-            return self._failure is not None or self._server.version >= version
-
         try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(arrived)
+            async with asyncio.timeout(timeout_s):
+                while self._hub.failure is None and (self._hub.last is None or self._hub.last.version < version):
+                    self._waiting.append(asyncio.get_running_loop().create_future())
+                    await self._waiting[-1]
         except TimeoutError:
+            missing = await self._in_hub(self._server.missing)
             raise StepTimeout(
-                f"step {version}: server {self._server.index} waits for microbatches {self._server.missing()} "
+                f"step {version}: server {self._index} waits for microbatches {missing} "
                 f"since {timeout_s:.0f} s (--step-timeout)"
             ) from None
-        if self._failure is not None:
-            raise self._failure
-        assert self._commit is not None
-        return self._commit, [self._published[1]]
+        if self._hub.failure is not None:
+            raise self._hub.failure
+        assert self._hub.last is not None
+        return self._hub.last, await self.publish(self._hub.last.version)
 
     async def request_stop(self) -> None:
         """Let the run end with the next version that is committed."""
-        self._stop = True
+        self._hub.stop = True
 
     async def snapshot(self, version: int, *, release: bool) -> ServerSnapshot:
         """See ``Server.snapshot``; gives the held version free where asked."""
-        snapshot = self._server.snapshot(version)
-        if release:
-            self._server.release(version)
-            await self._advance()
-        return snapshot
+
+        def take() -> ServerSnapshot:
+            snapshot = self._server.snapshot(version)
+            if release:
+                self._server.release(version)
+            return snapshot
+
+        return await self._in_hub(take)
+
+    async def close(self) -> None:
+        """Stop serving."""
+        self._hub.close()
 
 
 class WorkerActor:
@@ -192,8 +242,10 @@ class WorkerActor:
         config: WorkerConfig,
         optimizer: OptimizerConfig,
         servers: ServerConfig,
+        arena_dir: str,
     ) -> None:
         _prepare_process()
+        self._arena_dir = Path(arena_dir)
         self._task = build_task(source, options)
         self._config = replace(config, device_index=_gpu_index(config))
         self._parts = build_parts(self._task, self._config, optimizer, servers)
@@ -202,9 +254,14 @@ class WorkerActor:
         """Where this worker runs, and what kind of device it is."""
         return _place(device_kind(self._config))
 
-    def run(self, servers: Sequence[Any]) -> Iterator[StepReport | EvaluationReport]:
-        """Train to the end; a streaming generator, so that the worker never waits for who reads it."""
-        transport = RayTransport(servers, self._parts.partition)
+    def run(self, servers: Sequence[Any], addresses: Mapping[int, Address]) -> Iterator[StepReport | EvaluationReport]:
+        """Train to the end; a streaming generator, so that the worker never waits for who reads it.
+
+        Args:
+            servers: handles of all servers.
+            addresses: of those that are reached by shared memory; the others by Ray.
+        """
+        transport = route(servers, addresses, self._parts.partition, self._arena_dir)
         worker, backend = build_param_server_worker(self._task, self._config, self._parts, transport)
         try:
             yield from worker.run()

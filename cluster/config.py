@@ -1,12 +1,15 @@
 """What a parameter-server run is made of. Imports neither torch nor ray."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from models.options import TaskOptions
 from paramserver.config import OptimizerConfig, ServerConfig
 from workers.config import WorkerConfig
 
-__all__ = ["ClusterConfig"]
+__all__ = ["ClusterConfig", "TransportName"]
+
+TransportName = Literal["auto", "ray"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,10 @@ class ClusterConfig:
     """How parameters are placed."""
     server_threads: int = 1
     """Threads of each server."""
+    transport: TransportName = "auto"
+    """``auto`` takes shared memory inside a node and Ray's objects between nodes; ``ray`` takes Ray everywhere."""
+    arena_dir: str = "/dev/shm"
+    """Folder in whose file system shared memory is made."""
     held_versions: tuple[int, ...] = ()
     """Versions that servers keep until a snapshot of them was taken."""
     share_device: bool = False

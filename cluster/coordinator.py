@@ -20,6 +20,7 @@ from models.registry import TaskSource
 from paramserver.errors import PushPullError, ReplicaMismatch, ServerLost, StepTimeout, WorkerLost
 from paramserver.partition import Partition
 from paramserver.state import State, assemble
+from paramserver.transport.channel import Address
 from workers.report import EvaluationReport, StepReport, merge_evaluations, merge_steps
 
 __all__ = ["Coordinator"]
@@ -60,6 +61,7 @@ class Coordinator:
             config.run,
             config.server_threads,
             config.held_versions,
+            config.arena_dir,
         )
 
     def _start_worker(self, index: int, source: TaskSource) -> Any:
@@ -79,7 +81,7 @@ class Coordinator:
                 }
             },
         )
-        return actor.remote(source, config.options, worker, config.optimizer, config.servers)
+        return actor.remote(source, config.options, worker, config.optimizer, config.servers, config.arena_dir)
 
     def __enter__(self) -> "Coordinator":
         return self
@@ -97,10 +99,11 @@ class Coordinator:
             ReplicaMismatch: if devices differ in what changes bits.
         """
         deadline = time.monotonic() + self._config.start_timeout_s
-        servers = [actor.meet.remote(self._servers) for actor in self._servers]
+        servers = [actor.place.remote() for actor in self._servers]
         workers = [actor.place.remote() for actor in self._workers]
         self.places["server"] = [self._started("server", i, ref, deadline) for i, ref in enumerate(servers)]
         self.places["worker"] = [self._started("worker", i, ref, deadline) for i, ref in enumerate(workers)]
+        self._open_servers(deadline)
         kinds = [place.device_kind or {} for place in self.places["worker"]]
         for index, kind in enumerate(kinds):
             for name, value in kind.items():
@@ -110,9 +113,28 @@ class Coordinator:
                         "all devices of a run must be of one kind, or their bits differ"
                     )
 
-    def _started(self, role: str, index: int, reference: Any, deadline: float) -> Place:
+    def _open_servers(self, deadline: float) -> None:
+        """Let servers begin to serve; those of one node share the arena of its first."""
+        self._addresses: list[Address] = []
+        first: dict[str, Address] = {}
+        for index, (actor, place) in enumerate(zip(self._servers, self.places["server"], strict=True)):
+            opened = actor.open.remote(self._servers, first.get(place.node))
+            address: Address = self._started("server", index, opened, deadline)
+            self._addresses.append(address)
+            first.setdefault(place.node, address)
+
+    def _near(self, worker: int) -> dict[int, Address]:
+        """Servers that a worker reaches by shared memory: those of the same Ray node."""
+        node = self.places["worker"][worker].node
+        return {
+            server: address
+            for server, address in enumerate(self._addresses)
+            if self._config.transport != "ray" and self.places["server"][server].node == node
+        }
+
+    def _started(self, role: str, index: int, reference: Any, deadline: float) -> Any:
         try:
-            place: Place = ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
+            return ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
         except ray.exceptions.GetTimeoutError:
             raise StepTimeout(
                 f"{role} {index} was not started within {self._config.start_timeout_s:.0f} s: "
@@ -120,7 +142,6 @@ class Coordinator:
             ) from None
         except ray.exceptions.RayError as error:
             raise self._lost(role, index, error) from None
-        return place
 
     def _lost(self, role: str, index: int, error: ray.exceptions.RayError) -> BaseException:
         """What an actor raised, or that it is gone."""
@@ -147,7 +168,10 @@ class Coordinator:
             WorkerLost, ServerLost, StepTimeout: naming who.
             Exception: what a worker raised, such as ``DataError``.
         """
-        streams = [actor.run.options(num_returns="streaming").remote(self._servers) for actor in self._workers]
+        streams = [
+            actor.run.options(num_returns="streaming").remote(self._servers, self._near(index))
+            for index, actor in enumerate(self._workers)
+        ]
         indices = {stream: index for index, stream in enumerate(streams)}
         merged = _Merger(len(streams))
         quiet_since = time.monotonic()

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from paramserver.errors import ServerLost, StepTimeout
 from paramserver.messages import Commit, Hello, Push
-from paramserver.partition import Partition
 
 __all__ = ["RayTransport", "WirePush", "from_wire", "to_wire"]
 
@@ -46,20 +45,26 @@ class RayTransport:
 
     Args:
         servers: handles of the actors, by index.
-        partition: tells how a server's vector is cut into slices.
     """
 
-    def __init__(self, servers: Sequence[Any], partition: Partition) -> None:
+    def __init__(self, servers: Sequence[Any]) -> None:
         self.num_servers = len(servers)
         self._servers = list(servers)
-        self._sizes = [[piece.numel for piece in pieces] for pieces in partition.by_server]
         self._pushes: list[list[Any]] = [[] for _ in servers]
         self._arrived: dict[int, tuple[int, Any]] = {}
+
+    @property
+    def versions(self) -> None:
+        """See ``Transport.versions``: they come as copies."""
 
     def hello(self, server: int, timeout_s: float) -> Hello:
         """See ``Transport.hello``."""
         reply: Hello = self._get(server, self._servers[server].hello.remote(), timeout_s, "say hello")
         return reply
+
+    def allocate(self, numel: int) -> Tensor:
+        """See ``Transport.allocate``: Ray copies whatever it sends."""
+        return torch.zeros(numel)
 
     def push(self, server: int, push: Push) -> None:
         """See ``Transport.push``: the tensors are copied before this returns."""
@@ -81,9 +86,10 @@ class RayTransport:
         arrived, published = self._arrived.get(server, (-1, None))
         if published is None or arrived != version:
             published = self._get(server, self._servers[server].publish.remote(version), timeout_s, "publish")
-        flat, integers = self._get(server, published[0], timeout_s, f"send version {version}")
-        values = torch.split(torch.from_numpy(flat), self._sizes[server])
-        return values, {name: torch.from_numpy(value) for name, value in integers.items()}
+        arrays, integers = self._get(server, published[0], timeout_s, f"send version {version}")
+        return [torch.from_numpy(values) for values in arrays], {
+            name: torch.from_numpy(value) for name, value in integers.items()
+        }
 
     def _get(self, server: int, reference: Any, timeout_s: float, what: str) -> Any:
         try:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from cluster.config import TransportName
 from paramserver.config import OnNan, OptimizerName, ScheduleName
 from paramserver.errors import ConfigError
 from workers.config import Precision
@@ -79,6 +80,12 @@ class RunConfig:
     """Threads of a CPU device, in every backend."""
     device: Device = "auto"
     """auto takes GPUs if there are any, else one CPU core stands in for a GPU."""
+    transport: TransportName = "auto"
+    """How tensors travel (ps): auto is shared memory inside a node and Ray between nodes, ray is Ray everywhere."""
+    arena_dir: str = "/dev/shm"
+    """Folder in whose file system shared memory is made (ps)."""
+    server_threads: int | None = None
+    """Threads of each server (ps); default: the cores that its waiting workers leave idle."""
     share_device: bool = False
     """Allow several workers on one GPU."""
     drop_last: bool = False
@@ -111,11 +118,20 @@ class RunConfig:
         return asdict(self)
 
     def __post_init__(self) -> None:
-        for field in ("backend", "device", "on_nan", "precision"):
+        for field in ("backend", "device", "on_nan", "precision", "transport"):
             allowed = get_args({f.name: f.type for f in fields(self)}[field])
             if allowed and getattr(self, field) not in allowed:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}: use one of {', '.join(allowed)}")
-        for field in ("workers", "servers", "microbatches", "batch_size", "steps", "epochs", "threads"):
+        for field in (
+            "workers",
+            "servers",
+            "microbatches",
+            "batch_size",
+            "steps",
+            "epochs",
+            "threads",
+            "server_threads",
+        ):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ConfigError(f"--{field.replace('_', '-')} is {value}: it must be 1 or more")

@@ -83,6 +83,11 @@ def param_server_session(address: str | None, workers: int, servers: int, model_
     return ray_session(address=address, num_cpus=workers + servers, num_gpus=gpus, store_bytes=store)
 
 
+def _idle_cores(workers: int, servers: int) -> int:
+    """Threads of each server, so that together they use the cores of workers that wait for them."""
+    return max(1, min(workers, os.cpu_count() or 1) // servers)
+
+
 @contextmanager
 def _param_server(run: Resolved, resume: State | None, *, in_session: bool) -> Iterator[Running]:
     config, total = run.config, run.worker.plan.steps
@@ -101,7 +106,9 @@ def _param_server(run: Resolved, resume: State | None, *, in_session: bool) -> I
             worker=run.worker,
             optimizer=run.optimizer,
             servers=run.servers,
-            server_threads=config.threads,
+            server_threads=config.server_threads or _idle_cores(workers * config.threads, config.servers),
+            transport=config.transport,
+            arena_dir=config.arena_dir,
             held_versions=held,
             share_device=config.share_device,
             run=uuid.uuid4().hex,

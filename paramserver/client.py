@@ -83,6 +83,23 @@ class Client:
             torch.cuda.current_stream(out.device).synchronize()
         return integers
 
+    def read(self, version: int) -> tuple[Tensor, Mapping[str, Tensor]] | None:
+        """The flat (length,) vector at ``version`` where the servers wrote it, and the integer buffers.
+
+        None where it must be pulled. The vector is not to be written, and lasts until this worker has pushed its
+        contribution to the step that follows.
+        """
+        if self._transport.versions is None:
+            return None
+        integers: dict[str, Tensor] = {}
+        for server in range(self._transport.num_servers):
+            integers.update(self._transport.fetch(server, version, self._timeout_s)[1])
+        return self._transport.versions[version % 2], integers
+
+    def allocate(self) -> Tensor:
+        """A zeroed flat (length,) fp32 vector from which ``push`` is cheapest."""
+        return self._transport.allocate(self.partition.length)
+
     def close(self) -> None:
         """Give the transport's resources back."""
         self._transport.close()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paramserver.config import ALIGNMENT_BYTES, ServerConfig
 
-__all__ = ["BUFFERS", "Key", "KeySpec", "Partition", "Slice", "make_partition"]
+__all__ = ["BUFFERS", "ELEMENT_BYTES", "Key", "KeySpec", "Partition", "Slice", "make_partition"]
 
 BUFFERS = -1
 """Group of float buffers: no gradient, no optimizer, but a weighted mean of what microbatches made of them (E4)."""

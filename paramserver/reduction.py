@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from paramserver.errors import OverlappingContribution
 
-__all__ = ["Node", "TreeSum", "children", "maximal_nodes", "tree_reduce"]
+__all__ = ["Node", "TreeSum", "check_node", "children", "maximal_nodes", "tree_reduce"]
 
 T = TypeVar("T")
 
@@ -52,6 +52,18 @@ def maximal_nodes(lo: int, hi: int, num_microbatches: int) -> list[Node]:
     return list(inside(Node(0, num_microbatches))) if lo < hi else []
 
 
+def check_node(node: Node, num_microbatches: int) -> None:
+    """Refuse what is not a node of the tree.
+
+    Raises:
+        OverlappingContribution: naming it.
+    """
+    if node not in maximal_nodes(node.lo, node.hi, num_microbatches):
+        raise OverlappingContribution(
+            f"microbatches [{node.lo}, {node.hi}) are no node of the tree over {num_microbatches} microbatches"
+        )
+
+
 def tree_reduce(root: Node, held: Callable[[Node], T | None], add: Callable[[T, T], T]) -> T:
     """Sum what is held along the tree below ``root``; left operand first. The held nodes must cover the root."""
     value = held(root)
@@ -77,10 +89,7 @@ class TreeSum(Generic[T]):
         Raises:
             OverlappingContribution: if the node is not one of this tree.
         """
-        if node not in maximal_nodes(node.lo, node.hi, self.root.hi):
-            raise OverlappingContribution(
-                f"microbatches [{node.lo}, {node.hi}) are no node of the tree over {self.root.hi} microbatches"
-            )
+        check_node(node, self.root.hi)
         if any(other.covers(node) for other in self._held):
             return False
         for other in [other for other in self._held if node.covers(other)]:
@@ -98,10 +107,14 @@ class TreeSum(Generic[T]):
         held = {index for node in self._held for index in range(node.lo, node.hi)}
         return [index for index in range(self.root.hi) if index not in held]
 
-    def reduce(self, add: Callable[[T, T], T]) -> T:
-        """The sum over the root; must be complete."""
+    def reduce(self, add: Callable[[T, T], T], part: Callable[[T], T] = lambda value: value) -> T:
+        """The sum over the root of ``part`` of each value held; must be complete."""
         assert self.complete, f"microbatches {self.missing()} are missing"
-        return tree_reduce(self.root, self._held.get, add)
+        return tree_reduce(self.root, {node: part(value) for node, value in self._held.items()}.get, add)
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._held.clear()
 
     def fold(self, node: Node, value: T, add: Callable[[T, T], T]) -> None:
         """Insert, then add siblings as soon as both are held: keeps about ``log2`` values for a run in order."""

@@ -1,4 +1,4 @@
-"""Reused memory for the sums of one slice, so that a slice stays in cache and nothing is allocated in a step."""
+"""What one thread of a server works with: reused memory, so that a chunk stays in cache, and the time it was busy."""
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ class Scratch:
         self._size = size
         self._vectors: list[Tensor] = []
         self._used = 0
+        self.busy = {"aggregate": 0.0, "update": 0.0, "commit": 0.0}
+        """Seconds by stage since ``take_busy``."""
+
+    def take_busy(self) -> dict[str, float]:
+        """Seconds by stage since the last call."""
+        taken = dict(self.busy)
+        self.busy = dict.fromkeys(taken, 0.0)
+        return taken
 
     def reset(self) -> None:
         """Everything that was given out may be overwritten."""

@@ -1,33 +1,25 @@
 """One server's state: add contributions, sum them along the tree, update, commit, snapshot.
 
-A plain class without threads or processes: whoever owns it calls ``push`` for what arrives, then ``update`` and
-``commit`` once ``ready``. Two versions of everything an update writes stand side by side (E5): ``update`` writes
-version ``t + 1`` and reads ``t``; ``commit`` makes ``t + 1`` visible by writing the version number, last.
+A plain class without processes: whoever owns it calls ``push`` for what arrives, then ``update_slice`` for every slice
+of ``ready_slices`` (by several threads, if it likes), and ``commit`` once all are updated. Two versions of everything
+an update writes stand side by side (E5): updates write version ``t + 1`` and read ``t``; ``commit`` makes ``t + 1``
+visible by writing the version number, last.
 """
 
-import math
-import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from paramserver.config import OptimizerConfig
-from paramserver.errors import (
-    NonFiniteGradient,
-    PartitionMismatch,
-    PushRefused,
-    ReplicaMismatch,
-    StaleContribution,
-    VersionGone,
-)
+from paramserver.errors import PartitionMismatch, PushRefused, ReplicaMismatch, StaleContribution, VersionGone
+from paramserver.held_slice import CHUNK, HeldSlice, non_finite_gradient
 from paramserver.messages import Commit, Decision, Hello, MicrobatchStats, Push, Report
-from paramserver.optimizer import SliceOptimizer, build_slice_optimizer
-from paramserver.partition import BUFFERS, Partition, Slice
-from paramserver.reduction import TreeSum
+from paramserver.partition import BUFFERS, Partition
+from paramserver.reduction import check_node
 from paramserver.scratch import Scratch
-from paramserver.state import ServerSnapshot, SliceSnapshot, State, slice_optimizer_state
+from paramserver.state import ServerSnapshot, State, slice_optimizer_state
 
 __all__ = ["Server"]
 
@@ -42,6 +34,8 @@ class Server:
         num_microbatches: ``M``, the leaves of the canonical tree.
         state: what the run starts from, at any version.
         run: run id and resume count; pushes with another one are refused.
+        memory: two flat (length,) fp32 vectors for the two versions, of which this server writes its own slices:
+            servers of one machine may share them. Private ones if None.
     """
 
     def __init__(
@@ -52,6 +46,7 @@ class Server:
         num_microbatches: int,
         state: State,
         run: str = "run",
+        memory: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.index = index
         self.partition = partition
@@ -60,43 +55,42 @@ class Server:
         self.version = state.version
         self._run = run
         self._num_microbatches = num_microbatches
-        self._slices = partition.by_server[index]
-        initial = partition.flatten(state.values)
-        own = torch.cat([initial[piece.start : piece.stop] for piece in self._slices] or [initial[:0]])
-        self._flat = (own, own.clone())
-        self._values = self._carve()
-        self._optimizers = {
-            piece.index: self._optimizer(piece, state) for piece in self._slices if piece.group != BUFFERS
-        }
+        # Not zeroed: pages of other servers' slices are never touched and cost nothing.
+        self.memory = memory or (torch.empty(partition.length), torch.empty(partition.length))
+        self._slices = {piece.index: self._hold_slice(piece.index, state) for piece in partition.by_server[index]}
         self._integers = [dict(state.integers), dict(state.integers)] if index == 0 else [{}, {}]
         self._constants = dict(state.constants) if index == 0 else {}
         self._holds: Counter[int] = Counter()
-        self._scratch = Scratch(max((piece.numel for piece in self._slices), default=0))
-        self._means: dict[int, Tensor] = {}
-        self._commit: Commit | None = None
+        self._scratch = self.new_scratch()
+        self._stats: dict[int, MicrobatchStats] = {}
         self._open_step()
 
-    def _carve(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Views of both versions by slice: the slices of a server lie one after the other."""
-        views, start = {}, 0
-        for piece in self._slices:
-            stop = start + piece.numel
-            views[piece.index] = (self._flat[0][start:stop], self._flat[1][start:stop])
-            start = stop
-        return views
+    def _hold_slice(self, index: int, state: State) -> HeldSlice:
+        piece, keys = self.partition.slices[index], self.partition.pieces[index]
+        values = (self.memory[0][piece.start : piece.stop], self.memory[1][piece.start : piece.stop])
+        values[0].zero_()  # padding between keys stays zero for ever
+        for key, first, last in keys:
+            start = piece.start + first - key.offset
+            values[0][first:last] = _in_memory_order(state.values[key.name], key.shape, key.stride)[
+                start : start + last - first
+            ]
+        values[1].copy_(values[0])
+        held = HeldSlice(piece, keys, values, self.config, self._num_microbatches)
+        held.load_optimizer(state.version, slice_optimizer_state(self.partition, index, state))
+        return held
 
-    def _optimizer(self, piece: Slice, state: State) -> SliceOptimizer:
-        factor = self.config.lr_factor(self.partition.pieces[piece.index][0][0].name)
-        optimizer = build_slice_optimizer(self._values[piece.index], self.config, factor)
-        optimizer.load_state(state.version, slice_optimizer_state(self.partition, piece.index, state))
-        return optimizer
+    def new_scratch(self) -> Scratch:
+        """What a thread needs that calls ``update_slice``."""
+        return Scratch(min(CHUNK, max((held.piece.numel for held in self._slices.values()), default=0)))
 
     def _open_step(self) -> None:
-        self._sums = {piece.index: TreeSum[Tensor](self._num_microbatches) for piece in self._slices}
-        self._stats: dict[int, MicrobatchStats] = {}
+        for held in self._slices.values():
+            held.open_step()
+        self._stats = {}
         self._new_integers: dict[str, Tensor] = {}
         self._last_worker: int | None = None
-        self._busy = {"aggregate": 0.0, "update": 0.0, "commit": 0.0}
+        self._decision: Decision | None = None
+        self._divisors: tuple[Tensor, Tensor] | None = None
 
     def hello(self) -> Hello:
         """What a worker checks and takes before its first step."""
@@ -107,7 +101,8 @@ class Server:
     def push(self, push: Push) -> None:
         """Take a contribution in; a repetition is ignored. Nothing is changed if it raises.
 
-        The tensors are read until the step is committed, and never written.
+        The tensors are read until the step is committed, and never written. A push may hold some of the slices alone;
+        the rows and integer buffers of its microbatches come with each.
 
         Raises:
             StaleContribution: an earlier step, generation or run. A repetition of the step just committed is
@@ -122,7 +117,7 @@ class Server:
         self._check(push)
         if self.index == 0:
             self._agree(push.integers, push)
-        fresh = [self._sums[index].insert(push.node, values) for index, values in push.slices.items()]
+        fresh = [self._slices[index].insert(push.node, values) for index, values in push.slices.items()]
         if fresh and not any(fresh):
             return
         if self.index == 0:
@@ -139,7 +134,7 @@ class Server:
         if push.step > self.version:
             raise PushRefused(f"{who}: server {self.index} is at version {self.version}, the step is not open yet")
         for index, values in push.slices.items():
-            if index not in self._sums:
+            if index not in self._slices:
                 raise PartitionMismatch(f"{who}: slice {index} is not on server {self.index}")
             wanted = self.partition.slices[index].numel
             if values.dtype != torch.float32 or values.shape != (wanted,):
@@ -148,6 +143,7 @@ class Server:
                 )
         if [row.microbatch for row in push.stats] != list(range(push.node.lo, push.node.hi)):
             raise PartitionMismatch(f"{who}: its rows are not those of microbatches [{push.node.lo}, {push.node.hi})")
+        check_node(push.node, self._num_microbatches)
 
     def _agree(self, integers: Mapping[str, Tensor], push: Push) -> None:
         for name, value in integers.items():
@@ -159,127 +155,117 @@ class Server:
                 )
 
     @property
+    def counted(self) -> bool:
+        """Whether the rows of all microbatches are known: what a sum is divided by."""
+        return len(self._stats) == self._num_microbatches
+
+    @property
     def complete(self) -> bool:
         """Whether every slice has all contributions to the open step."""
-        return len(self._stats) == self._num_microbatches and all(tree.complete for tree in self._sums.values())
+        return self.counted and all(held.complete for held in self._slices.values())
+
+    @property
+    def may_write(self) -> bool:
+        """Whether nobody holds the version that an update would overwrite."""
+        return not self._holds[self.version - 1]
 
     @property
     def ready(self) -> bool:
-        """Whether ``update`` may run: complete, and nobody holds the version that it would overwrite."""
-        return self.complete and not self._holds[self.version - 1]
+        """Whether the whole step may be updated."""
+        return self.complete and self.may_write
+
+    def ready_slices(self) -> list[int]:
+        """Slices that may be updated now and were not yet; with a vote none before it was taken."""
+        if not (self.counted and self.may_write) or (self.config.needs_vote and self._decision is None):
+            return []
+        return [index for index, held in self._slices.items() if held.complete and not held.updated]
 
     def missing(self) -> list[int]:
         """Microbatches of the open step that some slice still waits for."""
-        return sorted({index for tree in self._sums.values() for index in tree.missing()})
+        slices = {index for held in self._slices.values() for index in held.missing()}
+        return sorted(slices | (set(range(self._num_microbatches)) - self._stats.keys()))
 
-    def _mean(self, piece: Slice, out: Tensor | None = None) -> Tensor:
-        """Root of the tree / total weight, in scratch memory that the next call may use again, or in ``out``."""
-        total = self._sums[piece.index].reduce(self._scratch.add)
-        # In microbatch order, not in that of arrival: weights need not be whole numbers.
-        rows = (self._stats[index] for index in range(self._num_microbatches))
-        count = sum(row.samples if piece.group == BUFFERS else row.weight for row in rows)
-        # A tensor, not a number: by a number CUDA multiplies with the reciprocal, which is another result.
-        divisor = torch.tensor(max(1.0, float(count)), dtype=torch.float32, device=total.device)
-        return torch.div(total, divisor, out=self._scratch.take(piece.numel) if out is None else out)
+    def _divisor(self, held: HeldSlice) -> Tensor:
+        """What the sum of a slice is divided by: all weights, or all samples for buffers; at least 1."""
+        if self._divisors is None:
+            # In microbatch order, not in that of arrival: weights need not be whole numbers. And tensors, not
+            # numbers: by a number CUDA multiplies with the reciprocal, which is another result.
+            rows = [self._stats[index] for index in range(self._num_microbatches)]
+            weight, samples = sum(row.weight for row in rows), sum(row.samples for row in rows)
+            self._divisors = (_divisor(weight), _divisor(samples))
+        return self._divisors[held.piece.group == BUFFERS]
 
     def report(self) -> Report:
-        """This server's norms for the vote; keeps the mean gradients until ``update``."""
-        start = time.perf_counter()
+        """This server's norms for the vote; keeps the mean gradients until the update."""
+        assert self.complete
         rows: list[tuple[int, int, str, float]] = []
-        for piece in self._slices:
-            if piece.group == BUFFERS:
-                continue
-            mean = self._means[piece.index] = self._mean(piece, torch.empty(piece.numel))
-            self._scratch.reset()
-            rows.extend(
-                (key.offset, piece.start + first, key.name, _squared_norm(mean[first:last]))
-                for key, first, last in self.partition.pieces[piece.index]
-            )
-        self._busy["aggregate"] += time.perf_counter() - start
+        for held in self._slices.values():
+            if held.piece.group != BUFFERS:
+                rows.extend(held.squared_norms(self._divisor(held), self._scratch))
         return Report(self.index, tuple(rows))
 
     # -- stage 7, update ---------------------------------------------------------------------------------------------
 
-    def update(self, decision: Decision | None = None) -> None:
-        """Write version ``version + 1`` of every slice; ``decision`` is the vote's, None where none is needed.
+    def decide(self, decision: Decision) -> None:
+        """Take the vote's result; from now on slices may be updated.
 
         Raises:
             NonFiniteGradient: with ``on_nan="stop"``; the committed version stands.
         """
-        assert self.ready
-        if decision is not None and not decision.apply and self.config.on_nan == "stop":
-            raise self._non_finite(str(decision.key))
-        for piece in self._slices:
-            self._scratch.reset()
-            if decision is not None and not decision.apply:
-                self._skip(piece)
-            elif piece.group == BUFFERS:
-                old, new = self._versions(piece.index)
-                torch.add(old, self._mean(piece), out=new)
-            else:
-                self._update_slice(piece, decision)
-        self._means.clear()
-        self._integers[(self.version + 1) % 2] = {**self._integers[self.version % 2], **self._new_integers}
-        self._commit = self._make_commit(decision)
+        if not decision.apply and self.config.on_nan == "stop":
+            raise non_finite_gradient(str(decision.key), self.version + 1)
+        self._decision = decision
 
-    def _update_slice(self, piece: Slice, decision: Decision | None) -> None:
-        begin = time.perf_counter()
-        mean = self._means[piece.index] if decision else self._mean(piece)
-        summed = time.perf_counter()
-        if decision is None:
-            self._refuse_non_finite(piece, mean)
-        elif decision.scale != 1.0:
-            mean.mul_(decision.scale)
-        self._optimizers[piece.index].step(self.version, mean, self.config.learning_rate(self.version))
-        self._busy["aggregate"] += summed - begin
-        self._busy["update"] += time.perf_counter() - summed
+    def update_slice(self, index: int, scratch: Scratch | None = None) -> None:
+        """Write version ``version + 1`` of one of ``ready_slices``; different slices may be updated at once.
 
-    def _skip(self, piece: Slice) -> None:
-        if piece.group == BUFFERS:
-            old, new = self._versions(piece.index)
-            new.copy_(old)
-        else:
-            self._optimizers[piece.index].skip(self.version)
-        self._new_integers.clear()
-
-    def _refuse_non_finite(self, piece: Slice, mean: Tensor) -> None:
-        # A sum is far cheaper than isfinite; it may overflow by itself, so that is looked at again.
-        if math.isfinite(float(mean.sum())):
+        Raises:
+            NonFiniteGradient: with ``on_nan="stop"``; the committed version stands.
+        """
+        held, decision = self._slices[index], self._decision
+        if decision is not None and not decision.apply:
+            held.skip(self.version)
             return
-        for key, first, last in self.partition.pieces[piece.index]:
-            if not bool(torch.isfinite(mean[first:last]).all()):
-                raise self._non_finite(key.name)
+        scale = None if decision is None or held.piece.group == BUFFERS else decision.scale
+        lr = self.config.learning_rate(self.version)
+        held.update(self.version, self._divisor(held), lr, scratch or self._scratch, scale)
 
-    def _non_finite(self, key: str) -> NonFiniteGradient:
-        return NonFiniteGradient(
-            f"gradient of {key!r} is not finite in step {self.version + 1}: lower --lr, set --clip-grad-norm, "
-            "or drop such steps with --on-nan skip",
-            key=key,
-            step=self.version + 1,
-        )
-
-    def _versions(self, index: int) -> tuple[Tensor, Tensor]:
-        pair = self._values[index]
-        return pair[self.version % 2], pair[(self.version + 1) % 2]
+    def update(self, decision: Decision | None = None) -> None:
+        """Write version ``version + 1`` of every slice; ``decision`` is the vote's, None where none is needed."""
+        assert self.ready
+        if decision is not None:
+            self.decide(decision)
+        for index in self.ready_slices():
+            self.update_slice(index)
 
     # -- stage 8, commit ---------------------------------------------------------------------------------------------
 
-    def _make_commit(self, decision: Decision | None) -> Commit:
-        return Commit(
+    @property
+    def updated(self) -> bool:
+        """Whether ``commit`` may follow."""
+        return self.counted and all(held.updated for held in self._slices.values()) and self.may_write
+
+    def commit(self, busy: Iterable[Mapping[str, float]] = ()) -> Commit:
+        """Make what was updated the current version and open the next step.
+
+        Args:
+            busy: seconds by stage, of each thread that worked beside this object's own.
+        """
+        assert self.updated, "commit before update"
+        applied = self._decision is None or self._decision.apply
+        new = {**self._integers[self.version % 2], **(self._new_integers if applied else {})}
+        self._integers[(self.version + 1) % 2] = new
+        stages = [self._scratch.take_busy(), *busy]
+        commit = Commit(
             version=self.version + 1,
             stats=tuple(self._stats[index] for index in sorted(self._stats)),
             lr=self.config.learning_rate(self.version),
-            skipped=decision is not None and not decision.apply,
-            grad_norm=decision.norm if decision else None,
-            server_ms={stage: 1e3 * seconds for stage, seconds in self._busy.items()},
+            skipped=not applied,
+            grad_norm=self._decision.norm if self._decision else None,
+            server_ms={stage: 1e3 * sum(thread.get(stage, 0.0) for thread in stages) for stage in stages[0]},
             last_worker=self._last_worker,
         )
-
-    def commit(self) -> Commit:
-        """Make what ``update`` wrote the current version and open the next step."""
-        assert self._commit is not None, "commit before update"
         self.version += 1
-        commit, self._commit = self._commit, None
         self._open_step()
         return commit
 
@@ -292,12 +278,12 @@ class Server:
             VersionGone: if the version is not the committed one or a held one.
         """
         self._check_readable(version)
-        return [self._values[piece.index][version % 2] for piece in self._slices]
+        return [held.values[version % 2] for held in self._slices.values()]
 
     def flat(self, version: int) -> Tensor:
-        """All slices at ``version`` as one vector; see ``values``."""
+        """The flat (length,) vector at ``version``, of which this server's slices are valid; see ``values``."""
         self._check_readable(version)
-        return self._flat[version % 2]
+        return self.memory[version % 2]
 
     def integers(self, version: int) -> dict[str, Tensor]:
         """Integer and boolean buffers at ``version``."""
@@ -318,16 +304,9 @@ class Server:
         self._check_readable(version)
         return ServerSnapshot(
             version=version,
-            slices={piece.index: self._slice_snapshot(piece.index, version) for piece in self._slices},
+            slices={index: held.snapshot(version) for index, held in self._slices.items()},
             integers={name: value.clone() for name, value in self._integers[version % 2].items()},
             constants=self._constants,
-        )
-
-    def _slice_snapshot(self, index: int, version: int) -> SliceSnapshot:
-        optimizer = self._optimizers.get(index)
-        state = optimizer.state(version) if optimizer else {}
-        return SliceSnapshot(
-            self._values[index][version % 2].clone(), {name: value.clone() for name, value in state.items()}
         )
 
     def _check_readable(self, version: int) -> None:
@@ -335,6 +314,12 @@ class Server:
             raise VersionGone(f"server {self.index} has version {self.version}, not {version}")
 
 
-def _squared_norm(values: Tensor) -> float:
-    wide = values.double()
-    return float(torch.dot(wide, wide))
+def _divisor(count: float) -> Tensor:
+    return torch.tensor(max(1.0, float(count)), dtype=torch.float32)
+
+
+def _in_memory_order(value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """The elements of a key as they follow each other in the flat vector, which is not row-major in channels_last."""
+    flat = torch.empty(value.numel())
+    flat.as_strided(shape, stride).copy_(value)
+    return flat

@@ -16,6 +16,7 @@ from workers.config import WorkerConfig
 from workers.ddp import DdpBackend
 from workers.device import setup_device
 from workers.local_servers import LocalServers
+from workers.minibatch import deal_runs
 from workers.param_server import ParamServerBackend
 from workers.replica import Replica, describe_model
 from workers.seeding import seeded
@@ -64,7 +65,8 @@ def build_param_server_worker(
 ) -> tuple[Worker, ParamServerBackend]:
     """One worker of a parameter-server run."""
     client = Client(config.worker, parts.partition, transport, config.step_timeout_s)
-    backend = ParamServerBackend(parts.replica, client, config.plan.microbatches)
+    run = deal_runs(config.plan.microbatches, config.num_workers)[config.worker]
+    backend = ParamServerBackend(parts.replica, client, run, config.plan.microbatches)
     return Worker(task, config, parts.replica, backend), backend
 
 

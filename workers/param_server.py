@@ -1,4 +1,4 @@
-"""Backend of a parameter-server worker: pull a version, send tree sums, wait for the commit."""
+"""Backend of a parameter-server worker: read a version, send tree sums, wait for the commit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.task import Metric
 from paramserver.client import Client
 from paramserver.messages import Commit, MicrobatchStats
-from paramserver.reduction import Node, TreeSum
+from workers.gradient_sums import GradientSums
 from workers.replica import Replica
 from workers.timing import PhaseTimer
 
@@ -22,57 +22,65 @@ class ParamServerBackend:
     Args:
         replica: this worker's model.
         client: its way to the servers.
+        run: this worker's microbatches.
         num_microbatches: ``M``.
     """
 
-    def __init__(self, replica: Replica, client: Client, num_microbatches: int) -> None:
+    def __init__(self, replica: Replica, client: Client, run: range, num_microbatches: int) -> None:
         self.version = client.version
         self.module: nn.Module = replica.model
         self._replica = replica
         self._client = client
-        self._sums = TreeSum[Tensor](num_microbatches)
+        on_cpu = replica.device.type == "cpu"
+        allocate = client.allocate if on_cpu else lambda: torch.zeros_like(replica.values)
+        self._sums = GradientSums(replica, run, num_microbatches, allocate)
+        self._sent = self._sums.vectors if on_cpu else [_pinned(client.allocate()) for _ in self._sums.nodes]
+        """What the servers read of each maximal node."""
         self._stats: list[MicrobatchStats] = []
         self._integers: dict[str, Tensor] = {}
-        self._free: list[Tensor] = []
-        self._sent: list[Tensor] = []
         replica.load({}, client.constants)
 
     def pull(self, timer: PhaseTimer) -> None:
         """See ``Backend.pull``."""
         with timer.phase("pull"):
-            self._replica.load(self._client.pull(self.version, self._replica.values))
-            self._free += self._sent  # the step is committed: nobody reads these vectors any more
-            self._sent.clear()
+            found = self._client.read(self.version) if self._replica.device.type == "cpu" else None
+            if found is not None:
+                self._replica.point_to(found[0])
+                self._replica.load(found[1])
+            else:
+                self._replica.load(self._client.pull(self.version, self._replica.values))
 
     @contextmanager
     def microbatch(self, index: int, *, last: bool) -> Iterator[None]:
         """See ``Backend.microbatch``."""
         self._replica.reset_buffers()
+        self._sums.begin(index)
         yield
 
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
         """See ``Backend.contribute``."""
         with timer.phase("reduce"):
-            leaf = self._take_vector()
+            self._sums.end(stats.microbatch, stats.samples)
             if stats.samples:
-                self._replica.take_gradients(leaf)
-                self._replica.take_buffer_changes(leaf, stats.samples)
                 self._integers = self._replica.agreed_integers(self._integers)
-            else:
-                leaf.zero_()
             self._stats.append(stats)
-            self._sums.fold(Node(stats.microbatch, stats.microbatch + 1), leaf, self._add)
 
     def finish(self, timer: PhaseTimer) -> Commit:
         """See ``Backend.finish``."""
         with timer.phase("push"):
-            for node, flat in self._sums.pop_all():
+            if self._replica.device.type != "cpu":
+                self._copy_to_host()
+            for node, index in self._sums.nodes.items():
                 rows = tuple(row for row in self._stats if node.lo <= row.microbatch < node.hi)
-                self._client.push(self.version, node, self._on_cpu(flat), rows, self._integers)
-                self._sent.append(flat)
+                self._client.push(self.version, node, self._sent[index], rows, self._integers)
             self._stats.clear()
             self._integers = {}
         return self._wait(timer)
+
+    def _copy_to_host(self) -> None:
+        for index in self._sums.nodes.values():
+            self._sent[index].copy_(self._sums.vectors[index], non_blocking=True)
+        torch.cuda.current_stream(self._replica.device).synchronize()
 
     def _wait(self, timer: PhaseTimer) -> Commit:
         with timer.phase("aggregate"):
@@ -82,18 +90,6 @@ class ParamServerBackend:
             timer.move(1e-3 * commit.server_ms.get(stage, 0.0), "aggregate", stage)
         self.version += 1
         return commit
-
-    def _take_vector(self) -> Tensor:
-        # Zeros once: keys overwrite their places at every use, and the padding between them must stay zero.
-        return self._free.pop() if self._free else torch.zeros(self._replica.values.shape, device=self._replica.device)
-
-    def _add(self, left: Tensor, right: Tensor) -> Tensor:
-        left.add_(right)
-        self._free.append(right)
-        return left
-
-    def _on_cpu(self, flat: Tensor) -> Tensor:
-        return flat if flat.device.type == "cpu" else flat.cpu()
 
     def merge_metric(self, metric: Metric) -> Metric | None:
         """See ``Backend.merge_metric``: the coordinator merges."""
@@ -106,3 +102,11 @@ class ParamServerBackend:
     def close(self) -> None:
         """See ``Backend.close``."""
         self._client.close()
+
+
+def _pinned(vector: Tensor) -> Tensor:
+    """The vector, with its pages locked: only then a copy from a GPU does not wait."""
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    status = cudart.cudaHostRegister(vector.data_ptr(), vector.numel() * vector.element_size(), 0)
+    torch.cuda.check_error(int(status))
+    return vector

@@ -1,6 +1,6 @@
 """A device's copy of the model: its parameters lie in one flat vector, its gradients are taken out into another."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.errors import ConfigError, ReplicaMismatch
-from paramserver.partition import BUFFERS, KeySpec, Partition, make_partition
+from paramserver.partition import BUFFERS, Key, KeySpec, Partition, make_partition
 from paramserver.state import State
 
 __all__ = ["Replica", "describe_model"]
@@ -113,6 +113,11 @@ class Replica:
             buffer.copy_(key.view(self.values))
         for name, value in self._integers.items():
             value.copy_(self._pulled_integers[name])
+
+    @property
+    def parameters(self) -> Sequence[tuple[Key, nn.Parameter]]:
+        """The trained parameters with their places, in the order of the flat vector."""
+        return self._parameters
 
     @torch.no_grad()
     def take_gradients(self, out: Tensor) -> None:

@@ -35,16 +35,9 @@ class SingleBackend(ParamServerBackend):
         timeout_s: float,
     ) -> None:
         client = Client(0, replica.partition, InProcessTransport(servers.group), timeout_s)
-        super().__init__(replica, client, num_microbatches)
+        super().__init__(replica, client, range(num_microbatches), num_microbatches)
         self._servers = servers
         self._stop_requested = stop_requested
-
-    def pull(self, timer: PhaseTimer) -> None:
-        """See ``Backend.pull``."""
-        with timer.phase("pull"):
-            self._servers.load(self._replica, self.version)
-            self._free += self._sent
-            self._sent.clear()
 
     def finish(self, timer: PhaseTimer) -> Commit:
         """See ``Backend.finish``."""

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from paramserver.errors import StepTimeout
@@ -75,6 +76,17 @@ class InProcessTransport:
     def hello(self, server: int, timeout_s: float) -> Hello:
         """See ``Transport.hello``."""
         return self._servers.servers[server].hello()
+
+    @property
+    def versions(self) -> tuple[Tensor, Tensor] | None:
+        """See ``Transport.versions``."""
+        first, *others = (server.memory for server in self._servers.servers)
+        shared = all(memory[0].data_ptr() == first[0].data_ptr() for memory in others)
+        return first if shared else None
+
+    def allocate(self, numel: int) -> Tensor:
+        """See ``Transport.allocate``."""
+        return torch.zeros(numel)
 
     def push(self, server: int, push: Push) -> None:
         """See ``Transport.push``."""

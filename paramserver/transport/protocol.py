@@ -19,8 +19,18 @@ class Transport(Protocol):
 
     num_servers: int
 
+    @property
+    def versions(self) -> tuple[Tensor, Tensor] | None:
+        """Where all servers keep version ``v`` of the whole flat vector, at ``v % 2``, if it can be read in place.
+
+        It stays as ``fetch`` says, and must not be written.
+        """
+
     def hello(self, server: int, timeout_s: float) -> Hello:
         """What the server says of itself."""
+
+    def allocate(self, numel: int) -> Tensor:
+        """A zeroed (numel,) fp32 vector in memory from which pushes go without a copy, as long as this object lives."""
 
     def push(self, server: int, push: Push) -> None:
         """Send a contribution. Its tensors may be overwritten once ``wait`` has returned the step's commit."""

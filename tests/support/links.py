@@ -1,12 +1,20 @@
 """Ways to reach servers, all driven by the same contract test."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from paramserver.client import Client
+from paramserver.config import OptimizerConfig
+from paramserver.messages import Decision, Report
+from paramserver.server import Server
+from paramserver.transport.hub import Hub
 from paramserver.transport.in_process import InProcessTransport
 from paramserver.transport.protocol import Transport
+from paramserver.transport.shared_memory import SharedMemoryTransport
+from paramserver.transport.versions import VersionsArena, attach_versions
+from paramserver.vote import decide
 from tests.support.servers import TIMEOUT_S, Fleet
 
 
@@ -57,11 +65,21 @@ class RayLink(Link):
         fleet = Fleet({}, num_servers=num_servers)
         actor = ray.remote(ServerActor).options(num_cpus=1, max_restarts=0, max_task_retries=0)
         self._actors = [actor.remote(*self._arguments(fleet, index)) for index in range(num_servers)]
-        ray.get([actor.meet.remote(self._actors) for actor in self._actors], timeout=60)
+        self._used: list[Any] = []
 
     @staticmethod
     def _arguments(fleet: Fleet, index: int) -> tuple[Any, ...]:
-        return (index, fleet.partition, fleet.optimizer, fleet.num_microbatches, fleet.initial, "run", 1, ())
+        return (
+            index,
+            fleet.partition,
+            fleet.optimizer,
+            fleet.num_microbatches,
+            fleet.initial,
+            "run",
+            1,
+            (),
+            "/dev/shm",
+        )
 
     def start(self, fleet: Fleet) -> None:
         """See ``Link.start``."""
@@ -69,7 +87,7 @@ class RayLink(Link):
 
         from cluster.actors import ServerActor
 
-        self._partition = fleet.partition
+        ray.get([actor.close.remote() for actor in self._used], timeout=60)
         self._transports: list[Any] = []
         self._used = self._actors[: len(fleet.servers)]
         anew = [
@@ -77,13 +95,13 @@ class RayLink(Link):
             for index, actor in enumerate(self._used)
         ]
         ray.get(anew, timeout=60)
-        ray.get([actor.meet.remote(self._used) for actor in self._used], timeout=60)
+        ray.get([actor.open.remote(self._used, None) for actor in self._used], timeout=60)
 
     def transport(self) -> Transport:
         """See ``Link.transport``."""
         from cluster.ray_transport import RayTransport
 
-        self._transports.append(RayTransport(self._used, self._partition))
+        self._transports.append(RayTransport(self._used))
         return self._transports[-1]
 
     def settle(self) -> None:
@@ -93,6 +111,87 @@ class RayLink(Link):
         sent = [push for transport in self._transports for pushes in transport._pushes for push in pushes]
         if sent:
             ray.wait(sent, num_returns=len(sent), timeout=TIMEOUT_S)
+
+
+class SharedMemoryLink(Link):
+    """Hubs of this process with arenas and sockets of their own; two servers share one arena, as on a node."""
+
+    deadline_s = 0.5
+
+    def __init__(self) -> None:
+        self._hubs: list[Hub] = []
+        self._transports: list[SharedMemoryTransport] = []
+
+    def start(self, fleet: Fleet) -> None:
+        """See ``Link.start``."""
+        self.close()
+        self._partition = fleet.partition
+        ballot = _Ballot(len(fleet.servers), fleet.optimizer)
+        versions = None
+        for index in range(len(fleet.servers)):
+            versions = (
+                attach_versions(self._hubs[0].address, fleet.partition)
+                if versions
+                else VersionsArena.create(fleet.partition)
+            )
+            server = Server(
+                index,
+                fleet.partition,
+                fleet.optimizer,
+                fleet.num_microbatches,
+                fleet.initial,
+                memory=versions.vectors,
+            )
+            self._hubs.append(Hub(server, versions, threads=2, vote=ballot.cast))
+
+    def transport(self) -> Transport:
+        """See ``Link.transport``."""
+        addresses = {index: hub.address for index, hub in enumerate(self._hubs)}
+        self._transports.append(SharedMemoryTransport(addresses, self._partition))
+        return self._transports[-1]
+
+    def settle(self) -> None:
+        """See ``Link.settle``: a socket keeps order, so an answer comes after everything that was sent before."""
+        for transport in self._transports:
+            for index in range(len(self._hubs)):
+                transport._late(index, 0, 0.0)
+
+    def close(self) -> None:
+        """Stop everything."""
+        for transport in self._transports:
+            transport.close()
+        for hub in self._hubs:
+            hub.close()
+        self._transports, self._hubs = [], []
+
+
+class _Ballot:
+    """What server 0 does for all: the last report makes the decision."""
+
+    def __init__(self, count: int, optimizer: OptimizerConfig) -> None:
+        self._reports: list[Report] = []
+        self._optimizer = optimizer
+        self._all_cast = threading.Barrier(count, self._decide)
+
+    def cast(self, report: Report) -> Decision:
+        """The decision, once all have reported."""
+        self._reports.append(report)
+        self._all_cast.wait(TIMEOUT_S)
+        return self._decision
+
+    def _decide(self) -> None:
+        self._decision = decide(self._reports, self._optimizer)
+        self._reports.clear()
+
+
+@contextmanager
+def shared_memory_link(num_servers: int) -> Iterator[Link]:
+    """Servers behind sockets and shared memory."""
+    link = SharedMemoryLink()
+    try:
+        yield link
+    finally:
+        link.close()
 
 
 @contextmanager

@@ -1,0 +1,177 @@
+"""One slice as its server holds it: contributions to the open step, two versions of values and optimizer state."""
+
+import math
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from paramserver.config import OptimizerConfig
+from paramserver.errors import NonFiniteGradient
+from paramserver.optimizer import build_slice_optimizer
+from paramserver.partition import BUFFERS, Key, Slice
+from paramserver.reduction import Node, TreeSum
+from paramserver.scratch import Scratch
+from paramserver.state import SliceSnapshot
+
+__all__ = ["CHUNK", "HeldSlice", "non_finite_gradient"]
+
+CHUNK = 65536
+"""Elements that go through sum, division and update before the next ones do: 256 KiB, which stay in cache."""
+
+
+class HeldSlice:
+    """Sum, update and snapshot of one slice; different slices may be updated by different threads at once.
+
+    Args:
+        piece: which slice.
+        keys: the keys in it with their range inside the slice.
+        values: the two (n,) fp32 vectors; version ``v`` lies in ``values[v % 2]``.
+        config: the optimizer.
+        num_microbatches: ``M``, the leaves of the canonical tree.
+    """
+
+    def __init__(
+        self,
+        piece: Slice,
+        keys: tuple[tuple[Key, int, int], ...],
+        values: tuple[Tensor, Tensor],
+        config: OptimizerConfig,
+        num_microbatches: int,
+    ) -> None:
+        self.piece = piece
+        self.values = values
+        self.updated = False
+        """Whether the open step's version stands in the other half."""
+        self._keys = keys
+        self._ranges = [(lo, min(lo + CHUNK, piece.numel)) for lo in range(0, piece.numel, CHUNK)]
+        factor = config.lr_factor(keys[0][0].name) if keys else 1.0
+        self._optimizers = [
+            build_slice_optimizer((values[0][lo:hi], values[1][lo:hi]), config, factor)
+            for lo, hi in (self._ranges if piece.group != BUFFERS else [])
+        ]
+        self._sum = TreeSum[Tensor](num_microbatches)
+        self._mean: Tensor | None = None
+
+    def load_optimizer(self, version: int, state: Mapping[str, Tensor]) -> None:
+        """Make copies of ``state``, (n,) vectors and scalars by name, the optimizer's state at ``version``."""
+        for (lo, hi), optimizer in zip(self._ranges, self._optimizers, strict=False):
+            optimizer.load_state(
+                version, {name: value[lo:hi] if value.ndim else value for name, value in state.items()}
+            )
+
+    # -- the open step -----------------------------------------------------------------------------------------------
+
+    def insert(self, node: Node, values: Tensor) -> bool:
+        """Hold a contribution; False if it was covered already. See ``TreeSum.insert``."""
+        return self._sum.insert(node, values)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all contributions are here."""
+        return self._sum.complete
+
+    def missing(self) -> list[int]:
+        """Microbatches that are not."""
+        return self._sum.missing()
+
+    def open_step(self) -> None:
+        """Forget the contributions: their step is committed."""
+        self._sum.clear()
+        self._mean = None
+        self.updated = False
+
+    def squared_norms(self, divisor: Tensor, scratch: Scratch) -> list[tuple[int, int, str, float]]:
+        """Rows of a ``Report``; keeps the mean gradient for ``update``."""
+        begin = time.perf_counter()
+        mean = self._mean = torch.empty(self.piece.numel)
+        for lo, hi in self._ranges:
+            scratch.reset()
+            self._take_mean(lo, hi, divisor, scratch, mean[lo:hi])
+        rows = [
+            (key.offset, self.piece.start + first, key.name, _squared_norm(mean[first:last]))
+            for key, first, last in self._keys
+        ]
+        scratch.busy["aggregate"] += time.perf_counter() - begin
+        return rows
+
+    def _take_mean(self, lo: int, hi: int, divisor: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
+        """Root of the tree / total weight of elements ``lo`` to ``hi``, in scratch memory or in ``out``."""
+        total = self._sum.reduce(scratch.add, lambda held: held[lo:hi])
+        return torch.div(total, divisor, out=scratch.take(hi - lo) if out is None else out)
+
+    def update(self, version: int, divisor: Tensor, lr: float, scratch: Scratch, scale: float | None = None) -> None:
+        """Write version ``version + 1``, chunk by chunk while the chunk is in cache.
+
+        Args:
+            version: the committed one, which is read.
+            divisor: total weight, or samples for buffers, as a tensor without dimensions.
+            lr: learning rate of this step.
+            scratch: of the calling thread.
+            scale: the vote's factor on the mean, which ``squared_norms`` keeps; None where there was no vote.
+
+        Raises:
+            NonFiniteGradient: naming the key, where there was no vote.
+        """
+        old, new = self.values[version % 2], self.values[(version + 1) % 2]
+        for index, (lo, hi) in enumerate(self._ranges):
+            begin = time.perf_counter()
+            scratch.reset()
+            mean = self._mean[lo:hi] if self._mean is not None else self._take_mean(lo, hi, divisor, scratch)
+            summed = time.perf_counter()
+            if self.piece.group == BUFFERS:
+                torch.add(old[lo:hi], mean, out=new[lo:hi])
+            else:
+                if scale is None:
+                    self._refuse_non_finite(mean, lo, hi, version + 1)
+                elif scale != 1.0:
+                    mean.mul_(scale)
+                self._optimizers[index].step(version, mean, lr)
+            scratch.busy["aggregate"] += summed - begin
+            scratch.busy["update"] += time.perf_counter() - summed
+        self.updated = True
+
+    def skip(self, version: int) -> None:
+        """Write version ``version + 1`` as a copy of ``version``."""
+        if self.piece.group == BUFFERS:
+            self.values[(version + 1) % 2].copy_(self.values[version % 2])
+        for optimizer in self._optimizers:
+            optimizer.skip(version)
+        self.updated = True
+
+    def _refuse_non_finite(self, mean: Tensor, lo: int, hi: int, step: int) -> None:
+        # A sum is far cheaper than isfinite; it may overflow by itself, so that is looked at again.
+        if math.isfinite(float(mean.sum())):
+            return
+        for key, first, last in self._keys:
+            inside = mean[max(first - lo, 0) : max(min(last, hi) - lo, 0)]
+            if not bool(torch.isfinite(inside).all()):
+                raise non_finite_gradient(key.name, step)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def snapshot(self, version: int) -> SliceSnapshot:
+        """Copies of values and optimizer state at ``version``."""
+        parts = [optimizer.state(version) for optimizer in self._optimizers]
+        names = parts[0] if parts else {}
+        state = {
+            name: torch.cat([part[name] for part in parts]) if value.ndim else value.clone()
+            for name, value in names.items()
+        }
+        return SliceSnapshot(self.values[version % 2].clone(), state)
+
+
+def non_finite_gradient(key: str, step: int) -> NonFiniteGradient:
+    """The error that names ``key`` and what to do about it."""
+    return NonFiniteGradient(
+        f"gradient of {key!r} is not finite in step {step}: lower --lr, set --clip-grad-norm, "
+        "or drop such steps with --on-nan skip",
+        key=key,
+        step=step,
+    )
+
+
+def _squared_norm(values: Tensor) -> float:
+    wide = values.double()
+    return float(torch.dot(wide, wide))

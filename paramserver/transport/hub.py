@@ -1,0 +1,268 @@
+"""The server's side of shared memory: one thread that owns the ``Server``, talks to workers and hands out slices.
+
+All of the server's state is touched by this thread alone; others (Ray's calls, the vote) reach it by ``call``. While it
+updates, helper threads take slices from the same list, since torch lets go of the interpreter in every operation.
+"""
+
+import contextlib
+import os
+import pickle
+import queue
+import selectors
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from paramserver.arena import Arena
+from paramserver.errors import PartitionMismatch, PushPullError
+from paramserver.messages import Commit, Decision, Push, Report
+from paramserver.server import Server
+from paramserver.transport.channel import Address, Channel, listen
+from paramserver.transport.versions import VersionsArena
+from paramserver.transport.wire import Arrival, AskMissing, AttachArena, Committed, Failed, Missing, Place, Welcome
+from paramserver.vote import decide
+
+__all__ = ["Hub"]
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Peer:
+    """A connected worker."""
+
+    channel: Channel
+    arenas: dict[int, Arena] = field(default_factory=dict)
+    unsent: bytes | None = None
+    """The newest message that did not fit: it is not reading, so it needs no older one."""
+
+
+class Hub:
+    """Serves one ``Server`` to the workers of its machine; use ``close`` at the end.
+
+    Args:
+        server: from now on touched by this object's thread alone; its memory is that of ``versions``.
+        versions: the arena that workers map.
+        threads: how many threads sum and update.
+        vote: gives all servers' decision for this server's report; None decides by this server alone.
+        on_change: called in the hub's thread after every commit, and with None after a failure.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        versions: VersionsArena,
+        *,
+        threads: int = 1,
+        vote: Callable[[Report], Decision] | None = None,
+        on_change: Callable[[Commit | None], None] = lambda _: None,
+    ) -> None:
+        self.failure: BaseException | None = None
+        """What ended the run here, once something has."""
+        self.stop = False
+        """Whether the version committed next is to be the run's last."""
+        self._server = server
+        self._versions = versions
+        self._vote = vote or (lambda report: decide([report], server.config))
+        self._on_change = on_change
+        self._scratches = [server.new_scratch() for _ in range(threads)]
+        self._helpers = ThreadPoolExecutor(threads - 1) if threads > 1 else None
+        self._peers: dict[int, _Peer] = {}
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._listener, self.address = listen()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake, selectors.EVENT_READ, self._run_calls)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._closed = False
+        versions.commit(server.index, server.version)
+        self._thread = threading.Thread(target=self._serve, name=f"hub-{server.index}", daemon=True)
+        self._thread.start()
+
+    address: Address
+    """Where workers connect."""
+
+    # -- from other threads ------------------------------------------------------------------------------------------
+
+    def call(self, function: Callable[[], T]) -> "Future[T]":
+        """Run ``function`` in the hub's thread, which alone may touch the server."""
+        future: Future[T] = Future()
+        self._calls.put((function, future))
+        os.eventfd_write(self._wake, 1)
+        return future
+
+    def push(self, push: Push) -> "Future[None]":
+        """Take a contribution that came another way than by a socket."""
+        return self.call(lambda: self._server.push(push))
+
+    def close(self) -> None:
+        """Stop the thread and give sockets back; arenas go with their last user."""
+        if not self._closed:
+            self.call(self._shut).result()
+            self._thread.join()
+            if self._helpers:
+                self._helpers.shutdown()
+            os.close(self._wake)
+
+    # -- the hub's thread --------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        while not self._closed:
+            for key, events in self._selector.select():
+                if isinstance(key.data, _Peer):
+                    self._hear(key.data, events)
+                else:
+                    key.data()
+            if not self._closed:
+                self._advance()
+
+    def _shut(self) -> None:
+        self._closed = True
+        self._selector.close()
+        self._listener.close()
+        for peer in self._peers.values():
+            peer.channel.close()
+        self._peers.clear()
+
+    def _run_calls(self) -> None:
+        os.eventfd_read(self._wake)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                function, future = self._calls.get_nowait()
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+
+    def _accept(self) -> None:
+        channel = Channel.accept(self._listener, self.address[1])
+        if channel is None:
+            return
+        peer = _Peer(channel)
+        integers = _arrays(self._server.integers(self._server.version))
+        channel.send(Welcome(self._server.hello(), integers), [self._versions.arena.descriptor])
+        if self.failure is not None:
+            channel.send(Failed(self.failure))
+        self._peers[channel.fileno()] = peer
+        self._selector.register(channel, selectors.EVENT_READ, peer)
+
+    def _hear(self, peer: _Peer, events: int) -> None:
+        try:
+            if events & selectors.EVENT_WRITE and peer.unsent is not None:
+                peer.channel.send_bytes(peer.unsent)
+                peer.unsent = None
+                self._selector.modify(peer.channel, selectors.EVENT_READ, peer)
+            if events & selectors.EVENT_READ:
+                self._answer(peer, *peer.channel.receive())
+        except (EOFError, OSError):
+            self._drop(peer)
+
+    def _answer(self, peer: _Peer, message: object, descriptors: list[int]) -> None:
+        if isinstance(message, AttachArena):
+            peer.arenas[message.index] = Arena.attach(descriptors[0])
+            peer.arenas[message.index].close()
+        elif isinstance(message, AskMissing):
+            peer.channel.send(Missing(self._server.missing()))
+        elif isinstance(message, Arrival):
+            try:
+                self._server.push(_found(message, peer))
+            except PushPullError as error:
+                peer.channel.send(Failed(error))
+
+    def _drop(self, peer: _Peer) -> None:
+        # What it pushed stays: its arenas are mapped as long as somebody holds a tensor in them.
+        self._peers.pop(peer.channel.fileno(), None)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(peer.channel)
+        peer.channel.close()
+
+    def _advance(self) -> None:
+        """Do whatever has become possible."""
+        if self.failure is not None:
+            return
+        try:
+            server = self._server
+            if server.config.needs_vote and server.ready and not server.ready_slices() and not server.updated:
+                server.decide(self._vote(server.report()))
+            if slices := server.ready_slices():
+                self._update(slices)
+            if server.updated:
+                self._commit()
+        except BaseException as error:
+            self.failure = error
+            self._tell_all(Failed(error))
+            self._on_change(None)
+
+    def _update(self, slices: list[int]) -> None:
+        left = iter(slices)  # next() on it is atomic: each slice goes to one thread
+
+        def work(thread: int) -> None:
+            for index in left:
+                self._server.update_slice(index, self._scratches[thread])
+
+        begin = time.perf_counter()
+        helpers = [self._helpers.submit(work, i) for i in range(1, len(self._scratches))] if self._helpers else []
+        try:
+            work(0)
+        finally:
+            for helper in helpers:
+                helper.result()
+        self._wall += time.perf_counter() - begin
+
+    _wall = 0.0
+
+    def _commit(self) -> None:
+        server = self._server
+        begin = time.perf_counter()
+        busy: dict[str, float] = {}
+        for scratch in self._scratches:
+            for stage, seconds in scratch.take_busy().items():
+                busy[stage] = busy.get(stage, 0.0) + seconds
+        # Several threads are busy at once: what a worker waits for is their time on the clock.
+        share = self._wall / total if (total := sum(busy.values())) else 0.0
+        commit = server.commit([{stage: seconds * share for stage, seconds in busy.items()}])
+        self._wall = 0.0
+        self._versions.commit(server.index, server.version)
+        spent = 1e3 * (time.perf_counter() - begin)
+        self.last = replace(commit, server_ms={**commit.server_ms, "commit": spent}, stop=self.stop)
+        self._on_change(self.last)
+        self._tell_all(Committed(self.last, _arrays(server.integers(server.version))))
+
+    last: Commit | None = None
+    """The commit of the current version, once one was made."""
+
+    def _tell_all(self, message: object) -> None:
+        frame = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        for peer in list(self._peers.values()):
+            if peer.unsent is None and peer.channel.may_send():
+                try:
+                    peer.channel.send_bytes(frame)
+                except OSError:
+                    self._drop(peer)
+            else:
+                peer.unsent = frame
+                self._selector.modify(peer.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, peer)
+
+
+def _found(message: Arrival, peer: _Peer) -> Push:
+    """The push with its tensors, which lie in the peer's arenas."""
+    try:
+        slices = {index: _tensor(place, peer) for index, place in message.slices.items()}
+    except (KeyError, ValueError) as error:
+        raise PartitionMismatch(f"push of worker {message.push.worker} names memory that it did not attach") from error
+    integers = {name: torch.from_numpy(value) for name, value in message.integers.items()}
+    return replace(message.push, slices=slices, integers=integers)
+
+
+def _tensor(place: Place, peer: _Peer) -> Tensor:
+    return peer.arenas[place.arena].tensor(place.offset, place.numel, place.dtype)
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: value.numpy() for name, value in tensors.items()}

@@ -1,0 +1,230 @@
+"""A worker's way to servers of its own machine: arenas both sides map, and a socket that says when to look.
+
+A push sends the places of its tensors, a commit the version number: no tensor is copied, and nobody polls. Vectors
+that ``allocate`` gave out lie in an arena already; any other tensor is copied into one first.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paramserver.arena import DEFAULT_ARENA_DIR, Arena
+from paramserver.errors import ServerLost, StepTimeout, VersionGone
+from paramserver.messages import Commit, Hello, Push
+from paramserver.partition import Partition
+from paramserver.transport.channel import Address, Channel, connect
+from paramserver.transport.versions import VersionsArena
+from paramserver.transport.wire import Arrival, AskMissing, AttachArena, Committed, Failed, Missing, Place, Welcome
+
+__all__ = ["SharedMemoryTransport"]
+
+_CONNECT_S = 30.0
+_ANSWER_S = 5.0
+
+
+@dataclass
+class _Line:
+    """The connection to one server's hub and what it said last."""
+
+    channel: Channel
+    hello: Hello
+    arena: Arena
+    partition: Partition
+    version: int
+    integers: Mapping[str, Tensor]
+    commit: Commit | None = None
+
+    @cached_property
+    def versions(self) -> VersionsArena:
+        """Mapped at first use: only then the client has seen that both sides cut the parameters alike."""
+        return VersionsArena(self.arena, self.partition)
+
+
+@dataclass
+class _Staging:
+    """An arena for tensors that lie in none, and the step they belong to."""
+
+    index: int
+    arena: Arena
+    step: int = field(default=-1)
+
+
+class SharedMemoryTransport:
+    """One worker's way to the servers of its machine.
+
+    Args:
+        addresses: of the servers' hubs, by server.
+        partition: of the run.
+        folder: where arenas are made.
+    """
+
+    def __init__(
+        self, addresses: Mapping[int, Address], partition: Partition, folder: Path = DEFAULT_ARENA_DIR
+    ) -> None:
+        self.num_servers = partition.num_servers
+        self._partition = partition
+        self._folder = folder
+        self._arenas: list[Arena] = []
+        self._starts: list[int] = []
+        self._staging: list[_Staging] = []
+        self._lines: dict[int, _Line] = {}
+        try:
+            for server, address in addresses.items():
+                self._lines[server] = self._connect(server, address)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, server: int, address: Address) -> _Line:
+        try:
+            channel = connect(address, _CONNECT_S)
+            welcome, (descriptor,) = channel.receive(_CONNECT_S)
+        except (OSError, EOFError) as error:
+            raise ServerLost(f"server {server} is gone: its socket does not answer", server=server) from error
+        assert isinstance(welcome, Welcome)
+        arena, hello = Arena.attach(descriptor), welcome.hello
+        return _Line(channel, hello, arena, self._partition, hello.version, _tensors(welcome.integers))
+
+    @property
+    def versions(self) -> tuple[Tensor, Tensor] | None:
+        """See ``Transport.versions``: what the servers write is read in place."""
+        if len(self._lines) < self.num_servers:
+            return None
+        first = next(iter(self._lines.values())).versions
+        shared = all(line.versions.identity == first.identity for line in self._lines.values())
+        return first.vectors if shared else None
+
+    def hello(self, server: int, timeout_s: float) -> Hello:
+        """See ``Transport.hello``."""
+        return self._lines[server].hello
+
+    def allocate(self, numel: int) -> Tensor:
+        """See ``Transport.allocate``: the vector lies in an arena that every server has mapped."""
+        _, arena = self._new_arena(4 * numel)
+        return arena.tensor(0, numel)
+
+    def _new_arena(self, num_bytes: int) -> tuple[int, Arena]:
+        arena = Arena.create(num_bytes, self._folder)
+        index = len(self._arenas)
+        for server in self._lines:
+            self._tell(server, AttachArena(index), [arena.descriptor])
+        arena.close()  # the mappings keep it
+        self._arenas.append(arena)
+        self._starts.append(arena.tensor(0, 0).data_ptr())
+        return index, arena
+
+    @property
+    def arena_bytes(self) -> int:
+        """Shared memory that this worker made."""
+        return sum(arena.num_bytes for arena in self._arenas)
+
+    def push(self, server: int, push: Push) -> None:
+        """See ``Transport.push``."""
+        slices = {index: self._place(values, push.step) for index, values in push.slices.items()}
+        integers = {name: value.numpy() for name, value in push.integers.items()}
+        self._tell(server, Arrival(replace(push, slices={}, integers={}), slices, integers))
+
+    def _place(self, values: Tensor, step: int) -> Place:
+        address, size = values.data_ptr(), values.numel() * values.element_size()
+        for index, start in enumerate(self._starts):
+            if start <= address and address + size <= start + self._arenas[index].num_bytes:
+                return Place(index, address - start, values.numel(), values.dtype)
+        staging = self._stage(size, step)
+        staging.arena.tensor(0, values.numel(), values.dtype).copy_(values)
+        return Place(staging.index, 0, values.numel(), values.dtype)
+
+    def _stage(self, num_bytes: int, step: int) -> _Staging:
+        oldest = min(line.version for line in self._lines.values())
+        for staging in self._staging:
+            if staging.step < oldest and staging.arena.num_bytes >= num_bytes:
+                staging.step = step
+                return staging
+        self._staging.append(_Staging(*self._new_arena(num_bytes), step))
+        return self._staging[-1]
+
+    def wait(self, server: int, version: int, timeout_s: float) -> Commit:
+        """See ``Transport.wait``."""
+        line, deadline = self._lines[server], time.monotonic() + timeout_s
+        while line.version < version or line.commit is None:
+            try:
+                self._listen(server, deadline)
+            except TimeoutError:
+                raise self._late(server, version, timeout_s) from None
+        self._listen_to_errors(server)
+        return line.commit
+
+    def _late(self, server: int, version: int, timeout_s: float) -> StepTimeout:
+        deadline = time.monotonic() + _ANSWER_S
+        self._tell(server, AskMissing())
+        try:
+            while not isinstance(answer := self._listen(server, deadline), Missing):
+                pass
+        except TimeoutError:
+            return StepTimeout(
+                f"step {version}: server {server} did not answer within {timeout_s + _ANSWER_S:.0f} s (--step-timeout)",
+                server=server,
+            )
+        return StepTimeout(
+            f"step {version}: server {server} waits for microbatches {answer.microbatches} "
+            f"since {timeout_s:.0f} s (--step-timeout)",
+            server=server,
+        )
+
+    def fetch(self, server: int, version: int, timeout_s: float) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
+        """See ``Transport.fetch``."""
+        line, deadline = self._lines[server], time.monotonic() + timeout_s
+        committed = line.versions.committed(server)
+        if committed != version:
+            raise VersionGone(f"server {server} has version {committed}, not {version}")
+        while line.version < version:
+            try:
+                self._listen(server, deadline)
+            except TimeoutError:
+                raise self._late(server, version, timeout_s) from None
+        flat = line.versions.vectors[version % 2]
+        return [flat[piece.start : piece.stop] for piece in self._partition.by_server[server]], line.integers
+
+    def _listen(self, server: int, deadline: float) -> object:
+        """Take one message in; raises the error that it holds."""
+        line = self._lines[server]
+        try:
+            message, _ = line.channel.receive(max(1e-6, deadline - time.monotonic()))
+        except EOFError:
+            raise self._lost(server) from None
+        if isinstance(message, Failed):
+            raise message.error
+        if isinstance(message, Committed):
+            line.version, line.commit = message.commit.version, message.commit
+            line.integers = _tensors(message.integers)
+        return message
+
+    def _listen_to_errors(self, server: int) -> None:
+        """An error that overtook nothing: it came with the commit that was waited for."""
+        channel = self._lines[server].channel
+        while channel.has_message():
+            self._listen(server, time.monotonic() + _ANSWER_S)
+
+    def _tell(self, server: int, message: object, descriptors: Sequence[int] = ()) -> None:
+        try:
+            self._lines[server].channel.send(message, descriptors)
+        except OSError:
+            raise self._lost(server) from None
+
+    def _lost(self, server: int) -> ServerLost:
+        return ServerLost(f"server {server} is gone: it closed its socket", server=server)
+
+    def close(self) -> None:
+        """See ``Transport.close``."""
+        for line in self._lines.values():
+            line.channel.close()
+        self._lines.clear()
+
+
+def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
