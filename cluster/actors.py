@@ -32,7 +32,7 @@ from workers.device import device_kind
 from workers.install import check_install
 from workers.report import EvaluationReport, StepReport
 
-__all__ = ["Place", "ServerActor", "WorkerActor"]
+__all__ = ["Place", "ServerActor", "WorkerActor", "place_of_process", "prepare_process"]
 
 T = TypeVar("T")
 
@@ -48,7 +48,8 @@ class Place(NamedTuple):
     device_kind: dict[str, Any] | None = None
 
 
-def _place(kind: dict[str, Any] | None = None) -> Place:
+def place_of_process(kind: dict[str, Any] | None = None) -> Place:
+    """Where the calling actor runs."""
     return Place(os.getpid(), ray.get_runtime_context().get_node_id(), platform.node(), kind)
 
 
@@ -61,7 +62,8 @@ def _gpu_index(config: WorkerConfig) -> int:
     return int(given[0]) if given else config.worker % count
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
+    """What every actor does first."""
     check_install()
     # Arrays out of Ray's store are read-only; we never write them.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -89,7 +91,7 @@ class ServerActor:
         held_versions: Sequence[int],
         arena_dir: str,
     ) -> None:
-        _prepare_process()
+        prepare_process()
         torch.set_num_threads(1)  # slices go to several threads, one operation does not
         self._index = index
         self._partition = partition
@@ -108,7 +110,7 @@ class ServerActor:
 
     async def place(self) -> Place:
         """Where this server runs."""
-        return _place()
+        return place_of_process()
 
     async def open(self, peers: Sequence[Any], beside: Address | None) -> Address:
         """Begin to serve.
@@ -227,6 +229,14 @@ class ServerActor:
 
         return await self._in_hub(take)
 
+    async def last_commit(self) -> Commit | None:
+        """The commit of the current version, once one was made."""
+        return self._hub.last
+
+    async def arena_bytes(self) -> int:
+        """Size of the arena with both versions, which servers of a node share."""
+        return self._hub.versions.arena.num_bytes
+
     async def close(self) -> None:
         """Stop serving."""
         self._hub.close()
@@ -244,7 +254,7 @@ class WorkerActor:
         servers: ServerConfig,
         arena_dir: str,
     ) -> None:
-        _prepare_process()
+        prepare_process()
         self._arena_dir = Path(arena_dir)
         self._task = build_task(source, options)
         self._config = replace(config, device_index=_gpu_index(config))
@@ -252,7 +262,7 @@ class WorkerActor:
 
     def place(self) -> Place:
         """Where this worker runs, and what kind of device it is."""
-        return _place(device_kind(self._config))
+        return place_of_process(device_kind(self._config))
 
     def run(self, servers: Sequence[Any], addresses: Mapping[int, Address]) -> Iterator[StepReport | EvaluationReport]:
         """Train to the end; a streaming generator, so that the worker never waits for who reads it.

@@ -14,9 +14,13 @@ import yaml
 
 from launch.bench_config import BenchConfig
 from launch.config import RunConfig
+from launch.sync_config import SyncConfig
 from paramserver.errors import ConfigError
 
-__all__ = ["build_parser", "config_first", "one_line"]
+__all__ = ["SYNC", "build_parser", "config_first", "one_line"]
+
+SYNC = "bench-sync"
+"""The command that is written ``bench sync``: options of its own, which a subcommand alone can have."""
 
 _YAML = "pushpull-yaml"
 
@@ -56,7 +60,7 @@ def _in_words(types: str) -> str:
 
 def _did_you_mean(word: str) -> str:
     """An option or key that looks like ``word``, written as ``word`` is."""
-    names = {field.name for config in (RunConfig, BenchConfig) for field in dataclasses.fields(config)}
+    names = {field.name for config in (RunConfig, BenchConfig, SyncConfig) for field in dataclasses.fields(config)}
     close = difflib.get_close_matches(word.lstrip("-").partition("=")[0].replace("-", "_"), names, n=1)
     if not close:
         return ": pushpull train --help lists what there is"
@@ -79,6 +83,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     commands = parser.add_subcommands(dest="command", metavar="COMMAND")
     commands.add_subcommand("train", _train_parser(), help="train a task on one of three backends")
     commands.add_subcommand("bench", _bench_parser(), help="measure speedups over a single device")
+    commands.add_subcommand(SYNC, _sync_parser(), help="as 'bench sync': measure one round of push, sum, update, pull")
     commands.add_subcommand("evaluate", _evaluate_parser(), help="compute a trained run's metrics")
     commands.add_subcommand("predict", _predict_parser(), help="draw a trained run's predictions into pictures")
     commands.add_subcommand("tasks", _new_parser("pushpull tasks", "List the built-in tasks."), help="list the tasks")
@@ -99,6 +104,8 @@ def config_first(arguments: Sequence[str]) -> list[str]:
             files.append(word)
         else:
             rest.append(word)
+    if rest[:2] == ["bench", "sync"]:
+        rest[:2] = [SYNC]
     return rest[:1] + files + rest[1:]
 
 
@@ -126,6 +133,14 @@ def _bench_parser() -> _Parser:
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("tasks", nargs="*", default=["ssd", "fcn"], help="ssd, fcn, or path/to/file.py:ClassName")
     _add_fields(parser, BenchConfig)
+    return parser
+
+
+def _sync_parser() -> _Parser:
+    about = "Measure one round of push, sum, update and pull beside DDP, Ray's example and the memory's limit."
+    parser = _new_parser("pushpull bench sync", about)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    _add_fields(parser, SyncConfig)
     return parser
 
 

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     foreign = _foreign_package()
     if foreign is not None:
         return _complain(foreign, _USAGE)
-    from launch.arguments import build_parser, config_first
+    from launch.arguments import SYNC, build_parser, config_first
     from models.errors import TaskError
     from paramserver.errors import ConfigError, PushPullError
 
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands: dict[str, Callable[..., int]] = {
             "train": _train,
             "bench": _bench,
+            SYNC: _bench_sync,
             "evaluate": _evaluate,
             "predict": _predict,
             "tasks": _tasks,
@@ -94,6 +95,16 @@ def _bench(options: Any) -> int:
     from launch.bench import bench
 
     return bench(tasks, config)
+
+
+def _bench_sync(options: Any) -> int:
+    from launch.sync_config import SyncConfig
+
+    config = SyncConfig(**_settings(options))
+    _heavy()
+    from launch.bench_sync import bench_sync
+
+    return bench_sync(config)
 
 
 def _evaluate(options: Any) -> int:

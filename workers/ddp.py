@@ -24,13 +24,18 @@ from workers.local_servers import LocalServers
 from workers.replica import Replica
 from workers.timing import PHASES, PhaseTimer
 
-__all__ = ["DdpBackend"]
+__all__ = ["DdpBackend", "wrap_plainly"]
 
 
 # Newer versions of torch have another name for it, and warn of the old one.
 _SYNC = "forward_sync_buffers"
 _SYNC = _SYNC if _SYNC in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
 _NO_BUFFER_SYNC: dict[str, Any] = {_SYNC: False}
+
+
+def wrap_plainly(module: nn.Module) -> nn.Module:
+    """DistributedDataParallel as its users have it, tuned: gradients lie in its buckets, buffers are left alone."""
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
 
 
 class _HookState:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-__all__ = ["Rank", "process_group", "torchrun_rank"]
+__all__ = ["Rank", "join_gloo", "leave", "process_group", "torchrun_rank"]
 
 
 class Rank(NamedTuple):
@@ -26,6 +26,23 @@ def torchrun_rank() -> Rank | None:
     if not all(name in os.environ for name in names):
         return None
     return Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+
+
+def join_gloo(rank: int, world_size: int, port: int, timeout_s: float) -> None:
+    """Make this process a rank of a group on this machine, without torchrun; ``leave`` ends it."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def leave() -> None:
+    """Leave the group."""
+    dist.destroy_process_group()
 
 
 @contextmanager

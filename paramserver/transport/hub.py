@@ -68,7 +68,7 @@ class Hub:
         self.stop = False
         """Whether the version committed next is to be the run's last."""
         self._server = server
-        self._versions = versions
+        self.versions = versions
         self._vote = vote or (lambda report: decide([report], server.config))
         self._on_change = on_change
         self._scratches = [server.new_scratch() for _ in range(threads)]
@@ -114,11 +114,16 @@ class Hub:
 
     def _serve(self) -> None:
         while not self._closed:
-            for key, events in self._selector.select():
-                if isinstance(key.data, _Peer):
-                    self._hear(key.data, events)
-                else:
-                    key.data()
+            try:
+                for key, events in self._selector.select():
+                    if self._closed:
+                        return
+                    if isinstance(key.data, _Peer):
+                        self._hear(key.data, events)
+                    else:
+                        key.data()
+            except BaseException as error:  # nobody else would hear of it, and all would wait
+                self._fail(error)
             if not self._closed:
                 self._advance()
 
@@ -146,9 +151,13 @@ class Hub:
             return
         peer = _Peer(channel)
         integers = _arrays(self._server.integers(self._server.version))
-        channel.send(Welcome(self._server.hello(), integers), [self._versions.arena.descriptor])
-        if self.failure is not None:
-            channel.send(Failed(self.failure))
+        try:
+            channel.send(Welcome(self._server.hello(), integers), [self.versions.arena.descriptor])
+            if self.failure is not None:
+                channel.send(Failed(self.failure))
+        except OSError:
+            channel.close()
+            return
         self._peers[channel.fileno()] = peer
         self._selector.register(channel, selectors.EVENT_READ, peer)
 
@@ -195,9 +204,12 @@ class Hub:
             if server.updated:
                 self._commit()
         except BaseException as error:
-            self.failure = error
-            self._tell_all(Failed(error))
-            self._on_change(None)
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        self._tell_all(Failed(error))
+        self._on_change(None)
 
     def _update(self, slices: list[int]) -> None:
         left = iter(slices)  # next() on it is atomic: each slice goes to one thread
@@ -228,7 +240,7 @@ class Hub:
         share = self._wall / total if (total := sum(busy.values())) else 0.0
         commit = server.commit([{stage: seconds * share for stage, seconds in busy.items()}])
         self._wall = 0.0
-        self._versions.commit(server.index, server.version)
+        self.versions.commit(server.index, server.version)
         spent = 1e3 * (time.perf_counter() - begin)
         self.last = replace(commit, server_ms={**commit.server_ms, "commit": spent}, stop=self.stop)
         self._on_change(self.last)

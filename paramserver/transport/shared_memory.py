@@ -116,7 +116,7 @@ class SharedMemoryTransport:
             self._tell(server, AttachArena(index), [arena.descriptor])
         arena.close()  # the mappings keep it
         self._arenas.append(arena)
-        self._starts.append(arena.tensor(0, 0).data_ptr())
+        self._starts.append(arena.tensor(0, 1).data_ptr())  # an empty one has no address
         return index, arena
 
     @property

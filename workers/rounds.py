@@ -1,0 +1,145 @@
+"""Rounds without a model's work: a backward that only hands out gradients, around which synchronisation is measured."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paramserver.config import OptimizerConfig
+from paramserver.held_slice import CHUNK
+from paramserver.messages import MicrobatchStats
+from workers.backend import Backend
+from workers.timing import PhaseTimer
+
+__all__ = ["BlockModel", "Filling", "backend_round", "ddp_round", "limit_round", "plain_round", "timed"]
+
+
+class BlockModel(nn.Module):
+    """Parameters of ``megabytes`` MB (10^6 bytes) in blocks of at most 4 MB, for rounds of any size."""
+
+    def __init__(self, megabytes: float) -> None:
+        super().__init__()
+        left = max(1, round(megabytes * 1e6 / 4))
+        sizes = [1_000_000] * (left // 1_000_000) + [left % 1_000_000] * (left % 1_000_000 > 0)
+        self.blocks = nn.ParameterList(torch.randn(size) for size in sizes)
+
+
+class _HandOut(torch.autograd.Function):
+    """Its backward gives each parameter the gradient that it was made with, without computing anything."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
+        # An alias of its own each time, which autograd takes over as it does a fresh gradient; the tensor itself it
+        # would copy.
+        return (None, *(gradient.detach() for gradient in ctx.gradients))
+
+
+class Filling(nn.Module):
+    """Wraps a model: ``forward`` gives a scalar whose backward fills the gradients of all trained parameters.
+
+    Args:
+        model: whose parameters get gradients.
+        seed: of the gradients, random numbers of the parameters' shapes.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        generator = torch.Generator().manual_seed(seed)
+        self._gradients = [
+            torch.empty_like(parameter).copy_(1e-3 * torch.randn(parameter.shape, generator=generator)).detach()
+            for parameter in self._trained
+        ]
+
+    def forward(self) -> Tensor:
+        """A scalar zero."""
+        result: Tensor = _HandOut.apply(self._gradients, *self._trained)
+        return result
+
+    def gradients(self) -> list[Tensor]:
+        """What backward hands out."""
+        return list(self._gradients)
+
+
+def timed(function: Callable[[], object], rounds: int) -> list[float]:
+    """Milliseconds of each of ``rounds`` calls, after one that does not count."""
+    found = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        function()
+        found.append(1e3 * (time.perf_counter() - begin))
+    return found[1:]
+
+
+def plain_round(filling: Filling) -> Callable[[], None]:
+    """Backward alone: what is taken off the others."""
+
+    def one() -> None:
+        filling().backward()
+        filling.zero_grad()
+
+    return one
+
+
+def backend_round(filling: Filling, backend: Backend, microbatch: int) -> Callable[[], None]:
+    """Pull, backward, push, and the wait for the next version, as a worker's step has them."""
+    timer = PhaseTimer()
+
+    def one() -> None:
+        backend.pull(timer)
+        with backend.microbatch(microbatch, last=True):
+            filling().backward()
+        backend.contribute(MicrobatchStats(microbatch, 0.0, 1.0, 1), timer)
+        backend.finish(timer)
+
+    return one
+
+
+def ddp_round(filling: Filling, wrapped: nn.Module, config: OptimizerConfig) -> Callable[[], None]:
+    """Backward under DistributedDataParallel, which sums in it, then the same SGD on every rank."""
+    optimizer = torch.optim.SGD(
+        filling.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,  # the fastest there is: a baseline is tuned
+    )
+
+    def one() -> None:
+        wrapped().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return one
+
+
+def limit_round(length: int, contributions: int, config: OptimizerConfig) -> Callable[[], None]:
+    """What memory allows one thread: sum and SGD in one pass over plain buffers, chunk by chunk, state in place."""
+    values, momentum = torch.randn(length), torch.zeros(length)
+    pushed = [torch.randn(length) for _ in range(contributions)]
+    scratch = [torch.empty(CHUNK) for _ in range(contributions)]
+    weight = torch.tensor(float(contributions))
+
+    def one() -> None:
+        for lo in range(0, length, CHUNK):
+            hi = min(lo + CHUNK, length)
+            level = [vector[lo:hi] for vector in pushed]
+            while len(level) > 1:
+                pairs = zip(level[::2], level[1::2], scratch, strict=False)
+                odd = level[-1:] if len(level) % 2 else []
+                level = [torch.add(left, right, out=out[: hi - lo]) for left, right, out in pairs] + odd
+            mean = torch.div(level[0], weight, out=scratch[0][: hi - lo])
+            if config.weight_decay:
+                mean.add_(values[lo:hi], alpha=config.weight_decay)
+            momentum[lo:hi].mul_(config.momentum).add_(mean)
+            values[lo:hi].add_(momentum[lo:hi], alpha=-config.lr)
+
+    return one
