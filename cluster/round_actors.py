@@ -19,7 +19,7 @@ from workers.ddp import wrap_plainly
 from workers.param_server import ParamServerBackend
 from workers.process_group import join_gloo, leave
 from workers.replica import Replica, describe_model
-from workers.rounds import BlockModel, Filling, backend_round, ddp_round, plain_round, timed
+from workers.rounds import BlockModel, Filling, backend_round, ddp_round, fill_round, plain_round, timed
 from workers.seeding import seeded
 
 __all__ = ["ExampleServer", "RoundConfig", "RoundWorker", "build_round_model"]
@@ -80,6 +80,7 @@ class RoundWorker:
         client = Client(self._index, self._replica.partition, self._transport, _TIMEOUT_S)
         run = range(self._index, self._index + 1)
         backend = ParamServerBackend(self._replica, client, run, config.workers)
+        self._fill = fill_round(self._ours, backend, self._index)
         self._backend_round = backend_round(self._ours, backend, self._index)
         join_gloo(self._index, config.workers, port, _TIMEOUT_S)
         self._ddp_round = ddp_round(self._other, wrap_plainly(self._other), config.optimizer)
@@ -88,6 +89,10 @@ class RoundWorker:
     def plain(self, rounds: int) -> list[float]:
         """Milliseconds of backward alone."""
         return timed(self._plain, rounds)
+
+    def fill(self, rounds: int) -> list[float]:
+        """Milliseconds of backward that leaves the gradients in this worker's arena."""
+        return timed(self._fill, rounds)
 
     def ours(self, rounds: int) -> list[float]:
         """Milliseconds of push, sum, update and pull, backward included."""

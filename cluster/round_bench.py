@@ -22,14 +22,16 @@ _TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class RoundTimes:
-    """Milliseconds of each measured round, backward's own time taken off where there is one."""
+    """Milliseconds of each measured round, without the backward that fills the gradients."""
 
     ours: list[float]
     ddp: list[float]
     ray_example: list[float]
     limit: list[float]
     backward: list[float]
-    """What was taken off: the median of this."""
+    """Handing the gradients out: its median is taken off the others."""
+    fill: list[float]
+    """The same, which leaves them in the worker's arena: its median is taken off ours."""
     parameter_bytes: int
     arena_bytes: int
     """Shared memory of the node."""
@@ -56,10 +58,13 @@ def measure_rounds(config: RoundConfig) -> RoundTimes:
         arenas = sum(_get([worker.connect.remote(servers, near, port) for worker in workers]))
         limit = limit_round(partition.length, config.workers, config.optimizer)
         weights = example.weights.remote()
-        found: dict[str, list[float]] = {name: [] for name in ("ours", "ddp", "ray_example", "limit", "backward")}
+        found: dict[str, list[float]] = {
+            name: [] for name in ("ours", "ddp", "ray_example", "limit", "backward", "fill")
+        }
         rounds = max(1, -(-config.rounds // _BLOCKS))
         for _ in range(min(_BLOCKS, config.rounds)):
             found["backward"] += _all(workers, "plain", rounds)
+            found["fill"] += _all(workers, "fill", rounds)
             found["ours"] += _all(workers, "ours", rounds)
             found["ddp"] += _all(workers, "ddp", rounds)
             times, weights = _example_rounds(example, workers, weights, rounds)
@@ -71,12 +76,10 @@ def measure_rounds(config: RoundConfig) -> RoundTimes:
     finally:
         for actor in actors:
             ray.kill(actor)
-    own = statistics.median(found["backward"])
-    taken_off = {name: [value - own for value in found[name]] for name in ("ours", "ddp", "ray_example")}
+    own = {name: statistics.median(found[name]) for name in ("backward", "fill")}
+    off = {"ours": own["fill"], "ddp": own["backward"], "ray_example": own["backward"]}
     return RoundTimes(
-        **taken_off,
-        limit=found["limit"],
-        backward=found["backward"],
+        **{name: [value - off.get(name, 0.0) for value in values] for name, values in found.items()},
         parameter_bytes=4 * sum(p.numel() for p in model.parameters()),
         arena_bytes=arenas + versions,
         server_ms=commit.server_ms,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from paramserver.errors import PartitionMismatch
-from paramserver.messages import Commit, MicrobatchStats, Push
+from paramserver.messages import Commit, FlatSlices, MicrobatchStats, Push
 from paramserver.partition import Partition
 from paramserver.reduction import Node
 from paramserver.transport.protocol import Transport
@@ -55,7 +55,7 @@ class Client:
     ) -> None:
         """Send the sums over ``node``: a flat (length,) fp32 vector that stays untouched until ``wait`` returns."""
         for server, pieces in enumerate(self.partition.by_server):
-            slices = {piece.index: flat[piece.start : piece.stop] for piece in pieces}
+            slices = FlatSlices(flat, pieces)
             held = integers if server == 0 else {}
             push = Push(self._run, step, self._generation, self.worker, node, slices, stats, held)
             self._transport.push(server, push)

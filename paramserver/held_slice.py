@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -46,10 +46,11 @@ class HeldSlice:
         """Whether the open step's version stands in the other half."""
         self._keys = keys
         self._ranges = [(lo, min(lo + CHUNK, piece.numel)) for lo in range(0, piece.numel, CHUNK)]
+        self._chunks = (torch.split(values[0], CHUNK), torch.split(values[1], CHUNK))
         factor = config.lr_factor(keys[0][0].name) if keys else 1.0
         self._optimizers = [
-            build_slice_optimizer((values[0][lo:hi], values[1][lo:hi]), config, factor)
-            for lo, hi in (self._ranges if piece.group != BUFFERS else [])
+            build_slice_optimizer(pair, config, factor)
+            for pair in (zip(*self._chunks, strict=True) if piece.group != BUFFERS else ())
         ]
         self._sum = TreeSum[Tensor](num_microbatches)
         self._mean: Tensor | None = None
@@ -86,9 +87,8 @@ class HeldSlice:
         """Rows of a ``Report``; keeps the mean gradient for ``update``."""
         begin = time.perf_counter()
         mean = self._mean = torch.empty(self.piece.numel)
-        for lo, hi in self._ranges:
-            scratch.reset()
-            self._take_mean(lo, hi, divisor, scratch, mean[lo:hi])
+        for (lo, hi), part in zip(self._ranges, self._means(divisor, scratch), strict=True):
+            mean[lo:hi] = part
         rows = [
             (key.offset, self.piece.start + first, key.name, _squared_norm(mean[first:last]))
             for key, first, last in self._keys
@@ -96,10 +96,23 @@ class HeldSlice:
         scratch.busy["aggregate"] += time.perf_counter() - begin
         return rows
 
-    def _take_mean(self, lo: int, hi: int, divisor: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
-        """Root of the tree / total weight of elements ``lo`` to ``hi``, in scratch memory or in ``out``."""
-        total = self._sum.reduce(scratch.add, lambda held: held[lo:hi])
-        return torch.div(total, divisor, out=scratch.take(hi - lo) if out is None else out)
+    def _means(self, divisor: Tensor, scratch: Scratch) -> Iterator[Tensor]:
+        """Root of the tree / total weight, chunk by chunk, in scratch memory that the next chunk uses again."""
+        held, additions = self._sum.plan()
+        first = len(held)
+        chunked = [torch.split(vector, CHUNK) for vector in held]
+        for index, (lo, hi) in enumerate(self._ranges):
+            numel = hi - lo
+            registers = [chunks[index] for chunks in chunked]
+            for left, right, target in additions:
+                out = scratch.take(target - first, numel)
+                torch.add(registers[left], registers[right], out=out)
+                if target < len(registers):
+                    registers[target] = out
+                else:
+                    registers.append(out)
+            total = registers[additions[-1].target if additions else 0]
+            yield torch.div(total, divisor, out=scratch.take(0, numel))
 
     def update(self, version: int, divisor: Tensor, lr: float, scratch: Scratch, scale: float | None = None) -> None:
         """Write version ``version + 1``, chunk by chunk while the chunk is in cache.
@@ -114,22 +127,23 @@ class HeldSlice:
         Raises:
             NonFiniteGradient: naming the key, where there was no vote.
         """
-        old, new = self.values[version % 2], self.values[(version + 1) % 2]
+        old, new = self._chunks[version % 2], self._chunks[(version + 1) % 2]
+        means = self._means(divisor, scratch) if self._mean is None else iter(torch.split(self._mean, CHUNK))
+        busy = scratch.busy
         for index, (lo, hi) in enumerate(self._ranges):
             begin = time.perf_counter()
-            scratch.reset()
-            mean = self._mean[lo:hi] if self._mean is not None else self._take_mean(lo, hi, divisor, scratch)
+            mean = next(means)
             summed = time.perf_counter()
             if self.piece.group == BUFFERS:
-                torch.add(old[lo:hi], mean, out=new[lo:hi])
+                torch.add(old[index], mean, out=new[index])
             else:
                 if scale is None:
                     self._refuse_non_finite(mean, lo, hi, version + 1)
                 elif scale != 1.0:
                     mean.mul_(scale)
                 self._optimizers[index].step(version, mean, lr)
-            scratch.busy["aggregate"] += summed - begin
-            scratch.busy["update"] += time.perf_counter() - summed
+            busy["aggregate"] += summed - begin
+            busy["update"] += time.perf_counter() - summed
         self.updated = True
 
     def skip(self, version: int) -> None:

@@ -1,14 +1,16 @@
 """What goes between a worker and a server."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
 
+from paramserver.partition import Slice
 from paramserver.reduction import Node
 
-__all__ = ["Commit", "Decision", "Hello", "MicrobatchStats", "Push", "Report"]
+__all__ = ["Commit", "Decision", "FlatSlices", "Hello", "MicrobatchStats", "Push", "Report"]
 
 
 class MicrobatchStats(NamedTuple):
@@ -22,6 +24,30 @@ class MicrobatchStats(NamedTuple):
     """What the summed loss is divided by, over the whole minibatch."""
     samples: int
     """Number of samples; 0 for an empty microbatch."""
+
+
+class FlatSlices(Mapping[int, Tensor]):
+    """The slices of one server as pieces of a flat (length,) vector, looked up by slice index.
+
+    A transport that can send a whole vector at once sees by the type that it may.
+    """
+
+    def __init__(self, flat: Tensor, pieces: Sequence[Slice]) -> None:
+        self.flat = flat
+        self.pieces = pieces
+
+    @cached_property
+    def _views(self) -> dict[int, Tensor]:
+        return {piece.index: self.flat[piece.start : piece.stop] for piece in self.pieces}
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._views[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ the sum depends neither on the order of arrival nor on the number of workers.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Generic, NamedTuple, TypeVar
 
 from paramserver.errors import OverlappingContribution
 
-__all__ = ["Node", "TreeSum", "check_node", "children", "maximal_nodes", "tree_reduce"]
+__all__ = ["Addition", "Node", "TreeSum", "check_node", "children", "maximal_nodes", "plan_additions", "tree_reduce"]
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ def maximal_nodes(lo: int, hi: int, num_microbatches: int) -> list[Node]:
     return list(inside(Node(0, num_microbatches))) if lo < hi else []
 
 
+@lru_cache(maxsize=4096)
 def check_node(node: Node, num_microbatches: int) -> None:
     """Refuse what is not a node of the tree.
 
@@ -71,6 +73,38 @@ def tree_reduce(root: Node, held: Callable[[Node], T | None], add: Callable[[T, 
         return value
     left, right = children(root)
     return add(tree_reduce(left, held, add), tree_reduce(right, held, add))
+
+
+class Addition(NamedTuple):
+    """``registers[target] = registers[left] + registers[right]``."""
+
+    left: int
+    right: int
+    target: int
+
+
+@lru_cache(maxsize=256)
+def plan_additions(root: Node, held: tuple[Node, ...]) -> tuple[Addition, ...]:
+    """The additions that make the sum over ``root``, for registers that begin with the values of ``held``.
+
+    Further registers are temporary, as few as the tree's depth. The last addition's target has the sum; if there is
+    none, register 0 has it.
+    """
+    found: list[Addition] = []
+    places = {node: index for index, node in enumerate(held)}
+
+    def place(node: Node, free: int) -> tuple[int, int]:
+        """Where the sum over ``node`` lies, and the first register that is free then."""
+        if node in places:
+            return places[node], free
+        left, right = children(node)
+        left_at, after_left = place(left, free)
+        right_at, _ = place(right, after_left)
+        found.append(Addition(left_at, right_at, free))
+        return free, free + 1
+
+    place(root, len(held))
+    return tuple(found)
 
 
 class TreeSum(Generic[T]):
@@ -107,10 +141,16 @@ class TreeSum(Generic[T]):
         held = {index for node in self._held for index in range(node.lo, node.hi)}
         return [index for index in range(self.root.hi) if index not in held]
 
-    def reduce(self, add: Callable[[T, T], T], part: Callable[[T], T] = lambda value: value) -> T:
-        """The sum over the root of ``part`` of each value held; must be complete."""
+    def reduce(self, add: Callable[[T, T], T]) -> T:
+        """The sum over the root; must be complete."""
         assert self.complete, f"microbatches {self.missing()} are missing"
-        return tree_reduce(self.root, {node: part(value) for node, value in self._held.items()}.get, add)
+        return tree_reduce(self.root, self._held.get, add)
+
+    def plan(self) -> tuple[list[T], tuple[Addition, ...]]:
+        """The held values, and the additions that make the sum over the root of them; must be complete."""
+        assert self.complete, f"microbatches {self.missing()} are missing"
+        nodes = tuple(sorted(self._held))
+        return [self._held[node] for node in nodes], plan_additions(self.root, nodes)
 
     def clear(self) -> None:
         """Hold nothing."""

@@ -73,7 +73,7 @@ class GradientSums:
         count = 1 + max((max(d.vector, *(s for _, s in d.merges), 0) for d in self._deposits), default=-1)
         # Zeros once: keys overwrite their places at every use, and the padding between them must stay zero.
         self.vectors = [allocate() if index < len(self.nodes) else self._private() for index in range(count)]
-        self._views = [[key.view(vector) for key, _ in replica.parameters] for vector in self.vectors]
+        self._views = [tuple(key.view(vector) for vector in self.vectors) for key, _ in replica.parameters]
         self._buffers = self._private() if replica.has_buffers else None
         self._open: Deposit | None = None
         self._done = [False] * len(replica.parameters)
@@ -92,8 +92,8 @@ class GradientSums:
                     f"gradient of {name!r} came twice in one backward: reentrant checkpointing is not supported, "
                     "use use_reentrant=False"
                 )
-            assert parameter.grad is not None
-            self._take(index, parameter.grad)
+            self._done[index] = True
+            self._put(self._open, self._views[index], parameter.grad)  # autograd has gradients off here
             parameter.grad = None
 
         return take
@@ -102,12 +102,6 @@ class GradientSums:
         """The next backward is that of ``microbatch``."""
         self._open = self._deposits[microbatch - self._run.start]
         self._done = [False] * len(self._done)
-
-    @torch.no_grad()
-    def _take(self, index: int, gradient: Tensor | None) -> None:
-        assert self._open is not None
-        self._done[index] = True
-        self._put(self._open, [views[index] for views in self._views], gradient)
 
     @staticmethod
     def _put(deposit: Deposit, vectors: Sequence[Tensor], value: Tensor | None) -> None:
@@ -129,7 +123,7 @@ class GradientSums:
             self._done = [False] * len(self._done)
         for index, done in enumerate(self._done):
             if not done:
-                self._take(index, None)
+                self._put(self._open, self._views[index], None)
         if self._buffers is not None:
             if samples:
                 self._replica.take_buffer_changes(self._buffers, samples)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,17 @@ def _spec(name: str, value: Tensor, group: int) -> KeySpec:
     return KeySpec(name, tuple(value.shape), tuple(value.stride()), group)
 
 
+_KEPT_VIEWS = 8
+
+
+class _Views(NamedTuple):
+    """A flat vector, kept so that its address stays its own, and the keys' views of it."""
+
+    flat: Tensor
+    parameters: list[Tensor]
+    buffers: list[Tensor]
+
+
 class Replica:
     """A model whose parameters are views of one flat fp32 vector.
 
@@ -80,6 +92,7 @@ class Replica:
         self._integers = {name: buffers[name] for name in buffers if name in persistent and name not in held}
         self._pulled_integers = {name: value.detach().clone() for name, value in self._integers.items()}
         self._constants = {name: value for name, value in parameters.items() if name not in held}
+        self._known_views: dict[int, _Views] = {}
         self.values = torch.zeros(partition.length, device=self.device)
         """The pulled version, as a flat (length,) vector."""
         for key, parameter in self._parameters:
@@ -94,8 +107,21 @@ class Replica:
         Must not happen between forward and backward: autograd would silently read the new values.
         """
         self.values = flat
-        for key, parameter in self._parameters:
-            parameter.data = key.view(flat)
+        views = self._views(flat)
+        for (_, parameter), view in zip(self._parameters, views.parameters, strict=True):
+            parameter.data = view
+
+    def _views(self, flat: Tensor) -> "_Views":
+        """The keys' views of a vector; those of the last few are kept, since a run has only a few vectors."""
+        found = self._known_views.get(flat.data_ptr())
+        if found is None:
+            if len(self._known_views) >= _KEPT_VIEWS:
+                self._known_views.pop(next(iter(self._known_views)))
+            found = _Views(
+                flat, [key.view(flat) for key, _ in self._parameters], [key.view(flat) for key, _ in self._buffers]
+            )
+            self._known_views[flat.data_ptr()] = found
+        return found
 
     def load(self, integers: Mapping[str, Tensor], constants: Mapping[str, Tensor] | None = None) -> None:
         """Take integer buffers (and frozen keys) of the version that now lies in ``values``; reset all buffers."""
@@ -109,10 +135,10 @@ class Replica:
     @torch.no_grad()
     def reset_buffers(self) -> None:
         """Give the model private copies of the pulled buffers: every microbatch starts from them (E4)."""
-        for key, buffer in self._buffers:
-            buffer.copy_(key.view(self.values))
-        for name, value in self._integers.items():
-            value.copy_(self._pulled_integers[name])
+        if self._buffers:
+            torch._foreach_copy_([buffer for _, buffer in self._buffers], self._views(self.values).buffers)
+        if self._integers:
+            torch._foreach_copy_(list(self._integers.values()), list(self._pulled_integers.values()))
 
     @property
     def parameters(self) -> Sequence[tuple[Key, nn.Parameter]]:
@@ -133,10 +159,13 @@ class Replica:
     @torch.no_grad()
     def take_buffer_changes(self, out: Tensor, samples: int) -> None:
         """Write samples x (after - pulled) into the buffers' part of ``out`` (length,)."""
-        for key, buffer in self._buffers:
-            pulled = key.view(self.values)
-            change = torch.sub(buffer, pulled, out=key.view(out)).mul_(samples)
-            change.masked_fill_(buffer == pulled, 0.0)  # an infinity that nobody touched: inf - inf is no number
+        if not self._buffers:
+            return
+        torch._foreach_copy_(self._views(out).buffers, [buffer for _, buffer in self._buffers])
+        change, pulled = self.buffer_part(out), self.buffer_part(self.values)
+        untouched = change == pulled
+        change.sub_(pulled).mul_(samples)
+        change.masked_fill_(untouched, 0.0)  # an infinity that nobody touched: inf - inf is no number
 
     @property
     def has_buffers(self) -> bool:

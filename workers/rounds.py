@@ -13,7 +13,7 @@ from paramserver.messages import MicrobatchStats
 from workers.backend import Backend
 from workers.timing import PhaseTimer
 
-__all__ = ["BlockModel", "Filling", "backend_round", "ddp_round", "limit_round", "plain_round", "timed"]
+__all__ = ["BlockModel", "Filling", "backend_round", "ddp_round", "fill_round", "limit_round", "plain_round", "timed"]
 
 
 class BlockModel(nn.Module):
@@ -85,6 +85,16 @@ def plain_round(filling: Filling) -> Callable[[], None]:
     def one() -> None:
         filling().backward()
         filling.zero_grad()
+
+    return one
+
+
+def fill_round(filling: Filling, backend: Backend, microbatch: int) -> Callable[[], None]:
+    """Backward that leaves the gradients where a push takes them from, and no push."""
+
+    def one() -> None:
+        with backend.microbatch(microbatch, last=True):
+            filling().backward()
 
     return one
 

@@ -11,7 +11,7 @@ import queue
 import selectors
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from paramserver.arena import Arena
 from paramserver.errors import PartitionMismatch, PushPullError
-from paramserver.messages import Commit, Decision, Push, Report
+from paramserver.messages import Commit, Decision, FlatSlices, Push, Report
+from paramserver.partition import Slice
 from paramserver.server import Server
 from paramserver.transport.channel import Address, Channel, listen
 from paramserver.transport.versions import VersionsArena
@@ -39,6 +40,7 @@ class _Peer:
 
     channel: Channel
     arenas: dict[int, Arena] = field(default_factory=dict)
+    vectors: dict[Place, FlatSlices] = field(default_factory=dict)
     unsent: bytes | None = None
     """The newest message that did not fit: it is not reading, so it needs no older one."""
 
@@ -71,6 +73,7 @@ class Hub:
         self.versions = versions
         self._vote = vote or (lambda report: decide([report], server.config))
         self._on_change = on_change
+        self._pieces = server.partition.by_server[server.index]
         self._scratches = [server.new_scratch() for _ in range(threads)]
         self._helpers = ThreadPoolExecutor(threads - 1) if threads > 1 else None
         self._peers: dict[int, _Peer] = {}
@@ -80,7 +83,7 @@ class Hub:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ, self._run_calls)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self._closed = False
+        self._closed = threading.Event()
         versions.commit(server.index, server.version)
         self._thread = threading.Thread(target=self._serve, name=f"hub-{server.index}", daemon=True)
         self._thread.start()
@@ -103,7 +106,7 @@ class Hub:
 
     def close(self) -> None:
         """Stop the thread and give sockets back; arenas go with their last user."""
-        if not self._closed:
+        if not self._closed.is_set():
             self.call(self._shut).result()
             self._thread.join()
             if self._helpers:
@@ -113,10 +116,10 @@ class Hub:
     # -- the hub's thread --------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while not self._closed:
+        while not self._closed.is_set():
             try:
                 for key, events in self._selector.select():
-                    if self._closed:
+                    if self._closed.is_set():
                         return
                     if isinstance(key.data, _Peer):
                         self._hear(key.data, events)
@@ -124,11 +127,11 @@ class Hub:
                         key.data()
             except BaseException as error:  # nobody else would hear of it, and all would wait
                 self._fail(error)
-            if not self._closed:
+            if not self._closed.is_set():
                 self._advance()
 
     def _shut(self) -> None:
-        self._closed = True
+        self._closed.set()
         self._selector.close()
         self._listener.close()
         for peer in self._peers.values():
@@ -180,7 +183,7 @@ class Hub:
             peer.channel.send(Missing(self._server.missing()))
         elif isinstance(message, Arrival):
             try:
-                self._server.push(_found(message, peer))
+                self._server.push(_found(message, peer, self._pieces))
             except PushPullError as error:
                 peer.channel.send(Failed(error))
 
@@ -262,10 +265,16 @@ class Hub:
                 self._selector.modify(peer.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, peer)
 
 
-def _found(message: Arrival, peer: _Peer) -> Push:
+def _found(message: Arrival, peer: _Peer, pieces: Sequence[Slice]) -> Push:
     """The push with its tensors, which lie in the peer's arenas."""
+    slices: Mapping[int, Tensor]
     try:
-        slices = {index: _tensor(place, peer) for index, place in message.slices.items()}
+        if isinstance(message.slices, Place):
+            if message.slices not in peer.vectors:  # the same few vectors come in every step
+                peer.vectors[message.slices] = FlatSlices(_tensor(message.slices, peer), pieces)
+            slices = peer.vectors[message.slices]
+        else:
+            slices = {index: _tensor(place, peer) for index, place in message.slices.items()}
     except (KeyError, ValueError) as error:
         raise PartitionMismatch(f"push of worker {message.push.worker} names memory that it did not attach") from error
     integers = {name: torch.from_numpy(value) for name, value in message.integers.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paramserver.arena import DEFAULT_ARENA_DIR, Arena
 from paramserver.errors import ServerLost, StepTimeout, VersionGone
-from paramserver.messages import Commit, Hello, Push
+from paramserver.messages import Commit, FlatSlices, Hello, Push
 from paramserver.partition import Partition
 from paramserver.transport.channel import Address, Channel, connect
 from paramserver.transport.versions import VersionsArena
@@ -126,16 +126,23 @@ class SharedMemoryTransport:
 
     def push(self, server: int, push: Push) -> None:
         """See ``Transport.push``."""
-        slices = {index: self._place(values, push.step) for index, values in push.slices.items()}
+        whole = self._find(push.slices.flat) if isinstance(push.slices, FlatSlices) else None
+        slices = whole or {index: self._place(values, push.step) for index, values in push.slices.items()}
         integers = {name: value.numpy() for name, value in push.integers.items()}
         self._tell(server, Arrival(replace(push, slices={}, integers={}), slices, integers))
 
-    def _place(self, values: Tensor, step: int) -> Place:
+    def _find(self, values: Tensor) -> Place | None:
+        """Where a tensor lies, if it is in an arena."""
         address, size = values.data_ptr(), values.numel() * values.element_size()
         for index, start in enumerate(self._starts):
             if start <= address and address + size <= start + self._arenas[index].num_bytes:
                 return Place(index, address - start, values.numel(), values.dtype)
-        staging = self._stage(size, step)
+        return None
+
+    def _place(self, values: Tensor, step: int) -> Place:
+        if place := self._find(values):
+            return place
+        staging = self._stage(values.numel() * values.element_size(), step)
         staging.arena.tensor(0, values.numel(), values.dtype).copy_(values)
         return Place(staging.index, 0, values.numel(), values.dtype)
 

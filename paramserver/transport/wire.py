@@ -34,7 +34,8 @@ class Arrival:
     """Worker to hub: a push, without its tensors."""
 
     push: Push
-    slices: Mapping[int, Place]
+    slices: Mapping[int, Place] | Place
+    """By slice index, or the place of a flat vector that holds all slices of the server."""
     integers: Mapping[str, Any]
     """NumPy arrays: tensors take longer to pickle."""
 

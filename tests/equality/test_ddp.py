@@ -1,12 +1,16 @@
 """DistributedDataParallel is held to the numbers of the other backends (E7)."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from launch.config import RunConfig
+from launch.resolve import resolve
 from tests.support.runs import HARD, SMALL, train
 from tests.support.torchrun import run_ddp_cases
+from workers.assembly import build_parts
 from workers.checkpoint import load_checkpoint
 
 GRID = [(microbatches, batch_size) for microbatches in (2, 4) for batch_size in (16, 15)]
@@ -47,19 +51,18 @@ def test_three_ranks_take_the_same_step_from_the_same_state(tmp_path: Path, task
     settings = {**SMALL[task], **HARD, "checkpoint_every": 1}
     single = train(tmp_path, "single", backend="single", **settings)
     checkpoints = single.folder / "checkpoints"
-    steps = range(1, HARD["steps"])
-    cases = [
-        {
-            **SMALL[task],
-            **HARD,
-            "from_checkpoint": str(checkpoints / f"step_{step}"),
-            "save_to": str(tmp_path / f"after_{step}.pt"),
-        }
-        for step in steps
+    steps = range(HARD["steps"])
+    cases: list[dict[str, Any]] = [
+        {**SMALL[task], **HARD, "save_to": str(tmp_path / f"after_{step}.pt")} for step in steps
     ]
+    for step in steps[1:]:
+        cases[step]["from_checkpoint"] = str(checkpoints / f"step_{step}")
     run_ddp_cases(tmp_path, 3, cases)
+    run = resolve(RunConfig(backend="single", **SMALL[task], **HARD))
+    states = [build_parts(run.task, run.worker, run.optimizer, run.servers).state.values]
+    states += [load_checkpoint(checkpoints / f"step_{step + 1}")[0].values for step in steps]
     for step in steps:
-        before, wanted = (load_checkpoint(checkpoints / f"step_{number}")[0].values for number in (step, step + 1))
+        before, wanted = states[step], states[step + 1]
         found = torch.load(tmp_path / f"after_{step}.pt", weights_only=True)
         update = torch.cat([(wanted[name] - before[name]).flatten() for name in wanted]).double()
         error = torch.cat([(found[name] - wanted[name]).flatten() for name in wanted]).double()

@@ -20,7 +20,7 @@ from workers.process_group import process_group, torchrun_rank
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Train a case; with ``from_checkpoint`` one step from that state, whose result is saved as tensors."""
+    """Train a case; with ``save_to`` one step, from ``from_checkpoint`` if given, whose result is saved as tensors."""
     source, target = case.pop("from_checkpoint", None), case.pop("save_to", None)
     run = resolve(RunConfig(backend="ddp", **case))
     rank = torchrun_rank()
@@ -28,7 +28,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     config, state = replace(run.worker, worker=rank.rank), None
     if source is not None:
         state, _ = load_checkpoint(Path(source))
-        config = replace(config, plan=replace(config.plan, steps=state.version + 1))
+    if target is not None:
+        config = replace(config, plan=replace(config.plan, steps=(state.version if state else 0) + 1))
     worker, backend = build_ddp_worker(run.task, config, run.optimizer, run.servers, lambda: False, state)
     losses = [report.loss for report in worker.run()]
     values = backend.state().state_dict()
