@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cluster.config import TransportName
 from launch.recorder import checkpoint_steps
 from launch.resolve import Resolved
 from launch.signals import stop_on_sigterm
@@ -73,12 +74,15 @@ def _ddp(run: Resolved, resume: State | None) -> Iterator[Running]:
         yield Running(worker.run(), lambda _: backend.state(), [Process("worker", i, pid, "local") for i, pid in pids])
 
 
-def param_server_session(address: str | None, workers: int, servers: int, model_bytes: int) -> Any:
-    """A Ray session with room for that many actors and for the tensors between them."""
+def param_server_session(
+    address: str | None, workers: int, servers: int, model_bytes: int, transport: TransportName = "auto"
+) -> Any:
+    """A Ray session with room for that many actors and for the tensors that go through its object store."""
     from cluster.session import ray_session
 
-    # Gradients of a step from every worker and a few versions from every server may be on their way at once.
-    store = 64 * _MIB + 4 * model_bytes * (workers + servers)
+    # The state at the start and at checkpoints; with Ray's transport also the gradients of a step from every worker
+    # and a few versions from every server, which may be on their way at once.
+    store = 64 * _MIB + 4 * model_bytes * (2 if transport == "auto" else workers + servers + 2)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return ray_session(address=address, num_cpus=workers + servers, num_gpus=gpus, store_bytes=store)
 
@@ -94,7 +98,9 @@ def _param_server(run: Resolved, resume: State | None, *, in_session: bool) -> I
     parts = build_parts(run.task, replace(run.worker, device="cpu"), run.optimizer, run.servers)
     workers, model_bytes = run.worker.num_workers, 4 * parts.partition.length
     session = (
-        nullcontext() if in_session else param_server_session(config.address, workers, config.servers, model_bytes)
+        nullcontext()
+        if in_session
+        else param_server_session(config.address, workers, config.servers, model_bytes, config.transport)
     )
     with session, stop_on_sigterm() as stop:
         from cluster.config import ClusterConfig

@@ -14,10 +14,13 @@ from models.errors import TaskError
 from models.options import Recipe, TaskOptions
 from models.registry import TaskSource, build_task, read_task
 from models.task import Task, recipe_of
+from paramserver.arena import check_room
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.errors import ConfigError
+from paramserver.partition import ELEMENT_BYTES, Partition
+from paramserver.reduction import maximal_nodes
 from workers.config import DeviceKind, PlanConfig, WorkerConfig
-from workers.minibatch import steps_in_epoch
+from workers.minibatch import deal_runs, steps_in_epoch
 from workers.process_group import torchrun_rank
 from workers.replica import describe_model
 
@@ -124,8 +127,17 @@ def resolve(config: RunConfig) -> Resolved:
     )
     servers = ServerConfig(num_servers=config.servers if config.backend == "ps" else 1, slice_bytes=config.slice_bytes)
     optimizer = _optimizer(filled, recipe)
-    describe_model(task.build_model(), optimizer, servers)  # finds patterns that fit no key
+    partition, _ = describe_model(task.build_model(), optimizer, servers)  # finds patterns that fit no key
+    if config.backend == "ps" and config.address is None:
+        _check_shared_memory(config, partition, workers, microbatches)
     return Resolved(filled, source, task, options, worker, optimizer, servers, num_samples)
+
+
+def _check_shared_memory(config: RunConfig, partition: Partition, workers: int, microbatches: int) -> None:
+    """Both versions of the parameters, and a vector for each tree node that a worker sends."""
+    runs = deal_runs(microbatches, workers)
+    nodes = sum(len(maximal_nodes(run.start, run.stop, microbatches)) for run in runs)
+    check_room(Path(config.arena_dir), (2 + nodes) * ELEMENT_BYTES * partition.length)
 
 
 def _recipe(task: Task, name: str) -> Recipe:

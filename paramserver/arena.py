@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paramserver.errors import ConfigError
 
-__all__ = ["DEFAULT_ARENA_DIR", "Arena", "round_to_pages"]
+__all__ = ["DEFAULT_ARENA_DIR", "Arena", "check_room", "round_to_pages"]
 
 DEFAULT_ARENA_DIR = Path("/dev/shm")
 _MIB = 1 << 20
@@ -61,10 +61,7 @@ class Arena:
             os.close(descriptor)
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
                 raise
-            raise ConfigError(
-                f"{folder} has no room for {-(-size // _MIB)} MiB of shared memory: make it larger "
-                "(docker: --shm-size), or name another folder with --arena-dir"
-            ) from error
+            raise _no_room(folder, size) from error
         return cls(descriptor, size)
 
     @classmethod
@@ -87,6 +84,27 @@ class Arena:
 
     def __del__(self) -> None:
         self.close()
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """See whether arenas of ``num_bytes`` in all would find room in ``folder`` now.
+
+    Raises:
+        ConfigError: if not, with the size that is wanted.
+    """
+    try:
+        stat = os.statvfs(folder)
+    except OSError as error:
+        raise ConfigError(f"--arena-dir {folder} cannot hold shared memory: {error.strerror}") from error
+    if stat.f_bavail * stat.f_frsize < num_bytes:
+        raise _no_room(folder, num_bytes)
+
+
+def _no_room(folder: Path, num_bytes: int) -> ConfigError:
+    return ConfigError(
+        f"{folder} has no room for {-(-num_bytes // _MIB)} MiB of shared memory: make it larger "
+        "(docker: --shm-size), or name another folder with --arena-dir"
+    )
 
 
 def _unnamed_file(folder: Path) -> int:

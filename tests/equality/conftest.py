@@ -9,5 +9,5 @@ from launch.drivers import param_server_session
 
 @pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
-    with param_server_session(None, workers=4, servers=3, model_bytes=64 << 20):
+    with param_server_session(None, workers=4, servers=3, model_bytes=64 << 20, transport="ray"):
         yield

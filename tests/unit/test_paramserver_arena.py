@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from paramserver.arena import Arena
+from paramserver.arena import Arena, check_room
 from paramserver.errors import ConfigError
 
 
@@ -62,3 +62,11 @@ def test_a_full_file_system_is_named_with_the_size_that_is_wanted() -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--arena-dir .*/gone cannot hold shared memory: No such file"):
         Arena.create(1, tmp_path / "gone")
+
+
+def test_room_is_checked_before_anything_is_made(tmp_path: Path) -> None:
+    check_room(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"has no room for 1099511627776 MiB of shared memory.*--arena-dir"):
+        check_room(tmp_path, 1 << 60)
+    with pytest.raises(ConfigError, match=r"--arena-dir .*/gone cannot hold shared memory"):
+        check_room(tmp_path / "gone", 1)
