@@ -123,6 +123,7 @@ def resolve(config: RunConfig) -> Resolved:
         precision=config.precision,
         eval_every=config.eval_every,
         evaluate=config.evaluate,
+        overlap=config.overlap,
         step_timeout_s=config.step_timeout,
     )
     servers = ServerConfig(num_servers=config.servers if config.backend == "ps" else 1, slice_bytes=config.slice_bytes)

@@ -1,7 +1,7 @@
 """Push and pull for one worker over all servers."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paramserver.errors import PartitionMismatch
 from paramserver.messages import Commit, FlatSlices, MicrobatchStats, Push
-from paramserver.partition import Partition
+from paramserver.partition import Partition, Slice
 from paramserver.reduction import Node
 from paramserver.transport.protocol import Transport
 
@@ -52,10 +52,15 @@ class Client:
         flat: Tensor,
         stats: tuple[MicrobatchStats, ...],
         integers: Mapping[str, Tensor],
+        only: Sequence[Slice] | None = None,
     ) -> None:
-        """Send the sums over ``node``: a flat (length,) fp32 vector that stays untouched until ``wait`` returns."""
+        """Send the sums over ``node``: a flat (length,) fp32 vector that stays untouched until ``wait`` returns.
+
+        With ``only`` just these slices, and the others by further calls; each server hears of every call.
+        """
         for server, pieces in enumerate(self.partition.by_server):
-            slices = FlatSlices(flat, pieces)
+            chosen = pieces if only is None else [piece for piece in only if piece.server == server]
+            slices = FlatSlices(flat, chosen)
             held = integers if server == 0 else {}
             push = Push(self._run, step, self._generation, self.worker, node, slices, stats, held)
             self._transport.push(server, push)
@@ -82,6 +87,11 @@ class Client:
         if out.is_cuda:
             torch.cuda.current_stream(out.device).synchronize()
         return integers
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether versions are read where the servers write them, and pushes cost a message alone."""
+        return self._transport.versions is not None
 
     def read(self, version: int) -> tuple[Tensor, Mapping[str, Tensor]] | None:
         """The flat (length,) vector at ``version`` where the servers wrote it, and the integer buffers.

@@ -29,6 +29,9 @@ class Backend(Protocol):
         ``last`` says that no non-empty microbatch of this worker follows in this step.
         """
 
+    def forwarded(self, stats: MicrobatchStats) -> None:
+        """Between forward and backward of a microbatch: what it counted is known, and its buffers are final."""
+
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
         """Stage 4, after each backward: take the gradients out of the replica; empty microbatches count as zero."""
 

@@ -66,6 +66,8 @@ class WorkerConfig:
     """Images of one evaluation batch."""
     evaluate: bool = True
     """Whether to evaluate at all."""
+    overlap: bool = True
+    """Whether slices are pushed while backward goes on, where servers share memory with the worker."""
     step_timeout_s: float = 300.0
     """Deadline of each wait for servers or other workers."""
 

@@ -117,6 +117,9 @@ class DdpBackend:
         self._synchronised |= last
         self._backward_done_at = time.perf_counter()
 
+    def forwarded(self, stats: MicrobatchStats) -> None:
+        """See ``Backend.forwarded``: DDP needs nothing before backward."""
+
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
         """See ``Backend.contribute``: gradients stay where DDP sums them, only buffers are taken."""
         with timer.phase("reduce"):

@@ -64,9 +64,17 @@ class GradientSums:
         run: its microbatches.
         num_microbatches: ``M``.
         allocate: makes a zeroed flat (length,) vector for a maximal node; those that are never sent are made here.
+        on_key: called with the index of each parameter whose gradient was just put away, while backward goes on.
     """
 
-    def __init__(self, replica: Replica, run: range, num_microbatches: int, allocate: Callable[[], Tensor]) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        run: range,
+        num_microbatches: int,
+        allocate: Callable[[], Tensor],
+        on_key: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._replica = replica
         self._run = run
         self._deposits, self.nodes = plan_deposits(run, num_microbatches)
@@ -76,6 +84,8 @@ class GradientSums:
         self._views = [tuple(key.view(vector) for vector in self.vectors) for key, _ in replica.parameters]
         self._buffers = self._private() if replica.has_buffers else None
         self._open: Deposit | None = None
+        self._on_key = on_key
+        self._counted = False
         self._done = [False] * len(replica.parameters)
         for index, (key, parameter) in enumerate(replica.parameters):
             parameter.register_post_accumulate_grad_hook(self._hook(index, key.name))  # type: ignore[no-untyped-call]
@@ -95,13 +105,28 @@ class GradientSums:
             self._done[index] = True
             self._put(self._open, self._views[index], parameter.grad)  # autograd has gradients off here
             parameter.grad = None
+            self._on_key(index)
 
         return take
 
-    def begin(self, microbatch: int) -> None:
-        """The next backward is that of ``microbatch``."""
+    def begin(self, microbatch: int) -> Deposit:
+        """The next backward is that of ``microbatch``; gives what will happen with its gradients."""
         self._open = self._deposits[microbatch - self._run.start]
         self._done = [False] * len(self._done)
+        self._counted = False
+        return self._open
+
+    @torch.no_grad()
+    def put_buffers(self, samples: int) -> None:
+        """After forward: the buffers are what they will be. ``end`` does it, if this was not called."""
+        if self._buffers is None or self._counted:
+            return
+        assert self._open is not None
+        self._counted = True
+        if samples:
+            self._replica.take_buffer_changes(self._buffers, samples)
+        change = self._replica.buffer_part(self._buffers) if samples else None
+        self._put(self._open, [self._replica.buffer_part(vector) for vector in self.vectors], change)
 
     @staticmethod
     def _put(deposit: Deposit, vectors: Sequence[Tensor], value: Tensor | None) -> None:
@@ -118,15 +143,12 @@ class GradientSums:
     @torch.no_grad()
     def end(self, microbatch: int, samples: int) -> None:
         """After the backward of ``microbatch``, if it has samples: buffers, and keys without a gradient."""
-        self._open = self._deposits[microbatch - self._run.start]
         if not samples:
-            self._done = [False] * len(self._done)
+            self.begin(microbatch)
+        assert self._open is not None
         for index, done in enumerate(self._done):
             if not done:
                 self._put(self._open, self._views[index], None)
-        if self._buffers is not None:
-            if samples:
-                self._replica.take_buffer_changes(self._buffers, samples)
-            change = self._replica.buffer_part(self._buffers) if samples else None
-            self._put(self._open, [self._replica.buffer_part(vector) for vector in self.vectors], change)
+                self._on_key(index)
+        self.put_buffers(samples)
         self._open = None

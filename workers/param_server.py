@@ -1,6 +1,6 @@
 """Backend of a parameter-server worker: read a version, send tree sums, wait for the commit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from models.task import Metric
 from paramserver.client import Client
 from paramserver.messages import Commit, MicrobatchStats
+from paramserver.partition import Slice
+from paramserver.reduction import Node
 from workers.gradient_sums import GradientSums
+from workers.overlap import ReadySlices
 from workers.replica import Replica
 from workers.timing import PhaseTimer
 
@@ -24,18 +27,27 @@ class ParamServerBackend:
         client: its way to the servers.
         run: this worker's microbatches.
         num_microbatches: ``M``.
+        overlap: whether slices are pushed while backward goes on, where the way to the servers is made for it.
     """
 
-    def __init__(self, replica: Replica, client: Client, run: range, num_microbatches: int) -> None:
+    def __init__(
+        self, replica: Replica, client: Client, run: range, num_microbatches: int, *, overlap: bool = False
+    ) -> None:
         self.version = client.version
         self.module: nn.Module = replica.model
         self._replica = replica
         self._client = client
         on_cpu = replica.device.type == "cpu"
         allocate = client.allocate if on_cpu else lambda: torch.zeros_like(replica.values)
-        self._sums = GradientSums(replica, run, num_microbatches, allocate)
+        self._ready: ReadySlices | None = None
+        self._node: Node | None = None
+        if overlap and on_cpu and client.shares_memory:
+            keys = [key.name for key, _ in replica.parameters]
+            self._ready = ReadySlices(replica.partition, keys, self._push_slices)
+        self._sums = GradientSums(replica, run, num_microbatches, allocate, self._key_done)
         self._sent = self._sums.vectors if on_cpu else [_pinned(client.allocate()) for _ in self._sums.nodes]
         """What the servers read of each maximal node."""
+        self._pushed: set[Node] = set()
         self._stats: list[MicrobatchStats] = []
         self._integers: dict[str, Tensor] = {}
         replica.load({}, client.constants)
@@ -54,25 +66,55 @@ class ParamServerBackend:
     def microbatch(self, index: int, *, last: bool) -> Iterator[None]:
         """See ``Backend.microbatch``."""
         self._replica.reset_buffers()
-        self._sums.begin(index)
+        self._node = self._sums.begin(index).completes
         yield
+
+    def forwarded(self, stats: MicrobatchStats) -> None:
+        """See ``Backend.forwarded``: from here on backward may push what it makes whole."""
+        if self._ready is not None and self._node is not None:
+            self._sums.put_buffers(stats.samples)
+            self._count(stats)
+            self._ready.begin()
+
+    def _count(self, stats: MicrobatchStats) -> None:
+        if stats.samples:
+            self._integers = self._replica.agreed_integers(self._integers)
+        self._stats.append(stats)
+
+    def _key_done(self, key: int) -> None:
+        if self._ready is not None and self._ready.active:
+            self._ready.done(key)
+
+    def _push_slices(self, slices: Sequence[Slice]) -> None:
+        assert self._node is not None
+        self._push(self._node, slices)
+
+    def _push(self, node: Node, slices: Sequence[Slice] | None = None) -> None:
+        rows = tuple(row for row in self._stats if node.lo <= row.microbatch < node.hi)
+        vector = self._sent[self._sums.nodes[node]]
+        self._client.push(self.version, node, vector, rows, self._integers, slices)
 
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
         """See ``Backend.contribute``."""
         with timer.phase("reduce"):
             self._sums.end(stats.microbatch, stats.samples)
-            if stats.samples:
-                self._integers = self._replica.agreed_integers(self._integers)
-            self._stats.append(stats)
+        if self._ready is not None and self._ready.active:
+            with timer.phase("push"):
+                self._ready.end()
+                assert self._node is not None
+                self._pushed.add(self._node)
+        else:
+            self._count(stats)
 
     def finish(self, timer: PhaseTimer) -> Commit:
         """See ``Backend.finish``."""
         with timer.phase("push"):
             if self._replica.device.type != "cpu":
                 self._copy_to_host()
-            for node, index in self._sums.nodes.items():
-                rows = tuple(row for row in self._stats if node.lo <= row.microbatch < node.hi)
-                self._client.push(self.version, node, self._sent[index], rows, self._integers)
+            for node in self._sums.nodes:
+                if node not in self._pushed:
+                    self._push(node)
+            self._pushed.clear()
             self._stats.clear()
             self._integers = {}
         return self._wait(timer)

@@ -87,9 +87,11 @@ class Worker:
         with self._timer.phase("compute"), self._backend.microbatch(index, last=last):
             with seeded("microbatch", self._config.plan.seed, step, index, device=self._replica.device):
                 loss = self._loss(batch)
+                if self._replica.device.type == "cpu":  # reading the loss would make a GPU wait for us
+                    self._backend.forwarded(_stats(index, loss, batch))
                 loss.total.backward()  # type: ignore[no-untyped-call]
             # Reading the loss waits for the device, so that its time is booked here and not on the next stage.
-            return MicrobatchStats(index, float(loss.total.detach()), float(loss.weight), len(batch))
+            return _stats(index, loss, batch)
 
     def _loss(self, batch: Batch) -> LossSum:
         try:
@@ -116,3 +118,7 @@ class Worker:
         metric = self._backend.merge_metric(evaluate(self._task, self._replica, self._config))
         if metric is not None:
             yield EvaluationReport(step, self._config.worker, metric, time.perf_counter() - begin)
+
+
+def _stats(index: int, loss: LossSum, batch: Batch) -> MicrobatchStats:
+    return MicrobatchStats(index, float(loss.total.detach()), float(loss.weight), len(batch))

@@ -26,7 +26,17 @@ from paramserver.partition import Slice
 from paramserver.server import Server
 from paramserver.transport.channel import Address, Channel, listen
 from paramserver.transport.versions import VersionsArena
-from paramserver.transport.wire import Arrival, AskMissing, AttachArena, Committed, Failed, Missing, Place, Welcome
+from paramserver.transport.wire import (
+    Arrival,
+    AskMissing,
+    AttachArena,
+    Committed,
+    Failed,
+    Missing,
+    Place,
+    VectorPlace,
+    Welcome,
+)
 from paramserver.vote import decide
 
 __all__ = ["Hub"]
@@ -269,10 +279,11 @@ def _found(message: Arrival, peer: _Peer, pieces: Sequence[Slice]) -> Push:
     """The push with its tensors, which lie in the peer's arenas."""
     slices: Mapping[int, Tensor]
     try:
-        if isinstance(message.slices, Place):
-            if message.slices not in peer.vectors:  # the same few vectors come in every step
-                peer.vectors[message.slices] = FlatSlices(_tensor(message.slices, peer), pieces)
-            slices = peer.vectors[message.slices]
+        if isinstance(message.slices, VectorPlace):
+            place = message.slices.place
+            if place not in peer.vectors:  # the same few vectors come in every step
+                peer.vectors[place] = FlatSlices(_tensor(place, peer), pieces)
+            slices = {index: peer.vectors[place][index] for index in message.slices.slices}
         else:
             slices = {index: _tensor(place, peer) for index, place in message.slices.items()}
     except (KeyError, ValueError) as error:

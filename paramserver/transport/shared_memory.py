@@ -20,7 +20,17 @@ from paramserver.messages import Commit, FlatSlices, Hello, Push
 from paramserver.partition import Partition
 from paramserver.transport.channel import Address, Channel, connect
 from paramserver.transport.versions import VersionsArena
-from paramserver.transport.wire import Arrival, AskMissing, AttachArena, Committed, Failed, Missing, Place, Welcome
+from paramserver.transport.wire import (
+    Arrival,
+    AskMissing,
+    AttachArena,
+    Committed,
+    Failed,
+    Missing,
+    Place,
+    VectorPlace,
+    Welcome,
+)
 
 __all__ = ["SharedMemoryTransport"]
 
@@ -126,8 +136,12 @@ class SharedMemoryTransport:
 
     def push(self, server: int, push: Push) -> None:
         """See ``Transport.push``."""
-        whole = self._find(push.slices.flat) if isinstance(push.slices, FlatSlices) else None
-        slices = whole or {index: self._place(values, push.step) for index, values in push.slices.items()}
+        place = self._find(push.slices.flat) if isinstance(push.slices, FlatSlices) else None
+        slices: VectorPlace | dict[int, Place]
+        if place is not None and isinstance(push.slices, FlatSlices):
+            slices = VectorPlace(place, tuple(piece.index for piece in push.slices.pieces))
+        else:
+            slices = {index: self._place(values, push.step) for index, values in push.slices.items()}
         integers = {name: value.numpy() for name, value in push.integers.items()}
         self._tell(server, Arrival(replace(push, slices={}, integers={}), slices, integers))
 

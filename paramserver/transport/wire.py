@@ -8,7 +8,7 @@ import torch
 
 from paramserver.messages import Commit, Hello, Push
 
-__all__ = ["Arrival", "AskMissing", "AttachArena", "Committed", "Failed", "Missing", "Place", "Welcome"]
+__all__ = ["Arrival", "AskMissing", "AttachArena", "Committed", "Failed", "Missing", "Place", "VectorPlace", "Welcome"]
 
 
 class Place(NamedTuple):
@@ -20,6 +20,13 @@ class Place(NamedTuple):
     """In bytes."""
     numel: int
     dtype: torch.dtype
+
+
+class VectorPlace(NamedTuple):
+    """Where a flat vector lies, and which slices of it are meant."""
+
+    place: Place
+    slices: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,7 @@ class Arrival:
     """Worker to hub: a push, without its tensors."""
 
     push: Push
-    slices: Mapping[int, Place] | Place
-    """By slice index, or the place of a flat vector that holds all slices of the server."""
+    slices: Mapping[int, Place] | VectorPlace
     integers: Mapping[str, Any]
     """NumPy arrays: tensors take longer to pickle."""
 

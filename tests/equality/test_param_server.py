@@ -39,6 +39,10 @@ def test_same_bits_through_rays_object_store(
     check(tmp_path, single, "ssd", 2, 2, transport="ray")
 
 
+def test_same_bits_without_overlap(ray_cluster: None, tmp_path: Path, single: dict[str, dict[str, Any]]) -> None:
+    check(tmp_path, single, "ssd", 2, 1, overlap=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "workers", "servers"), [case for case in ALL if case not in CORE])
 def test_same_bits_as_single_for_the_rest(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PUSHPULL = str(Path(sys.executable).with_name("pushpull"))
@@ -70,6 +71,18 @@ def gone(folders: set[str], within_s: float = 20.0) -> list[str]:
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.2)
+
+
+def wait_for(condition: Callable[[], bool], within_s: float = 30.0) -> None:
+    """Return once ``condition`` holds.
+
+    Raises:
+        AssertionError: if it does not in time.
+    """
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.1)
 
 
 def shared_memory() -> set[str]:

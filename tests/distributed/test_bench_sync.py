@@ -1,0 +1,29 @@
+"""The benchmark of one round, through the command line."""
+
+import json
+from typing import Any
+
+import pytest
+
+from launch.cli import main
+
+
+@pytest.mark.parametrize("extra", [[], ["--transport", "ray", "--servers", "2"]])
+def test_one_json_object_and_nothing_else(capsys: pytest.CaptureFixture[str], extra: list[str]) -> None:
+    command = ["bench", "sync", "--params", "0.5", "--workers", "2", "--rounds", "5", "--json", *extra]
+    assert main(command) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    for name in ("ours", "ddp", "ray_example", "limit"):
+        assert result[f"{name}_ms_min"] <= result[f"{name}_ms"] <= result[f"{name}_ms_max"]
+    assert result["ours/ddp"] == pytest.approx(result["ours_ms"] / result["ddp_ms"])
+    assert result["parameter_bytes"] == 500_000
+    assert (result["workers"], result["rounds"]) == (2, 5)
+    if not extra:
+        vector = 503_808  # 123 pages
+        assert result["arena_bytes"] == 4096 + 2 * vector + 2 * vector, "a header, two versions, a vector a worker"
+
+
+def test_parameters_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, complaint in [(["--params", "resnet"], "resnet"), (["--workers", "0"], "--workers is 0")]:
+        assert main(["bench", "sync", *words]) == 2
+        assert complaint in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""Which slices are whole while backward is still under way, and when to send them: a few messages, not one a slice."""
+
+from collections.abc import Callable, Sequence
+
+from paramserver.partition import BUFFERS, Partition, Slice
+
+__all__ = ["ReadySlices"]
+
+_THRESHOLDS = 3
+
+
+class ReadySlices:
+    """Counts keys: a slice is whole once each key in it has its gradient. Buffers have theirs after forward.
+
+    Args:
+        partition: of the model.
+        keys: names of the trained keys, by the index that ``done`` is called with.
+        send: called with slices that have become whole, at most four times for all slices.
+    """
+
+    def __init__(self, partition: Partition, keys: Sequence[str], send: Callable[[Sequence[Slice]], None]) -> None:
+        self._slices = partition.slices
+        self._send = send
+        names = {name: index for index, name in enumerate(keys)}
+        self._slices_of: list[list[int]] = [[] for _ in keys]
+        self._keys_in = [0] * len(partition.slices)
+        for piece, held in zip(partition.slices, partition.pieces, strict=True):
+            if piece.group != BUFFERS:
+                for key, _, _ in held:
+                    self._slices_of[names[key.name]].append(piece.index)
+                    self._keys_in[piece.index] += 1
+        self._group = -(-partition.length // _THRESHOLDS)
+        self._missing: list[int] = []
+        self.active = False
+        """Whether a node is being sent."""
+
+    def begin(self) -> None:
+        """The next backward makes a node whole; what holds buffers alone is whole now."""
+        self.active = True
+        self._missing = list(self._keys_in)
+        self._ready = [piece for piece, count in zip(self._slices, self._missing, strict=True) if not count]
+        self._elements = sum(piece.numel for piece in self._ready)
+
+    def done(self, key: int) -> None:
+        """The gradient of a key is in its place."""
+        for index in self._slices_of[key]:
+            self._missing[index] -= 1
+            if not self._missing[index]:
+                self._ready.append(self._slices[index])
+                self._elements += self._slices[index].numel
+        if self._elements >= self._group:
+            self._flush()
+
+    def _flush(self) -> None:
+        ready, self._ready, self._elements = self._ready, [], 0
+        self._send(ready)
+
+    def end(self) -> None:
+        """Backward is over, so everything is whole; the last message goes out even if it is empty."""
+        if self.active:
+            self.active = False
+            self._flush()
