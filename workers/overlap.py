@@ -7,6 +7,8 @@ from paramserver.partition import BUFFERS, Partition, Slice
 __all__ = ["ReadySlices"]
 
 _THRESHOLDS = 3
+_LEAST_ELEMENTS = 1 << 21
+"""8 MiB: a server sums and updates less than that in the time that a few more messages take."""
 
 
 class ReadySlices:
@@ -16,9 +18,10 @@ class ReadySlices:
         partition: of the model.
         keys: names of the trained keys, by the index that ``done`` is called with.
         send: called with slices that have become whole, at most four times for all slices.
+        least_elements: what a message is worth sending for before backward is over.
     """
 
-    def __init__(self, partition: Partition, keys: Sequence[str], send: Callable[[Sequence[Slice]], None]) -> None:
+    def __init__(self, partition: Partition, keys: Sequence[str], send: Callable[[Sequence[Slice]], None], least_elements: int = _LEAST_ELEMENTS) -> None:
         self._slices = partition.slices
         self._send = send
         names = {name: index for index, name in enumerate(keys)}
@@ -29,7 +32,7 @@ class ReadySlices:
                 for key, _, _ in held:
                     self._slices_of[names[key.name]].append(piece.index)
                     self._keys_in[piece.index] += 1
-        self._group = -(-partition.length // _THRESHOLDS)
+        self._group = max(least_elements, -(-partition.length // _THRESHOLDS))
         self._missing: list[int] = []
         self.active = False
         """Whether a node is being sent."""

@@ -124,13 +124,15 @@ class Replica:
         return found
 
     def load(self, integers: Mapping[str, Tensor], constants: Mapping[str, Tensor] | None = None) -> None:
-        """Take integer buffers (and frozen keys) of the version that now lies in ``values``; reset all buffers."""
+        """Take integer buffers (and frozen keys) of the version that now lies in ``values``.
+
+        The model sees them from the next ``reset_buffers`` on.
+        """
         for name, value in integers.items():
             self._pulled_integers[name].copy_(value)
         for name, value in (constants or {}).items():
             with torch.no_grad():
                 self._constants[name].copy_(value)
-        self.reset_buffers()
 
     @torch.no_grad()
     def reset_buffers(self) -> None:

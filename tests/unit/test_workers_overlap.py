@@ -28,7 +28,7 @@ def test_a_slice_goes_out_once_and_not_before_all_its_keys(seed: int) -> None:
             assert piece.group == BUFFERS or held <= done
         sent.append(list(slices))
 
-    ready = ReadySlices(partition, names, send)  # type: ignore[arg-type]
+    ready = ReadySlices(partition, names, send, least_elements=1)  # type: ignore[arg-type]
     for _ in range(2):
         done.clear()
         sent.clear()
