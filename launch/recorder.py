@@ -133,6 +133,7 @@ class Recorder:
             "images_per_s": 1e3 * samples / median if times else float("nan"),
             "step_ms": {"median": median, "p90": _quantile(times, 0.9)},
             "phases_ms": {name: _median(report.phases_ms[name] for report in measured) for name in PHASES},
+            "phases_percent": _percent(measured),
             "server_ms": _median_by_name([report.server_ms for report in measured]),
             "loss": {"first": _at(self._losses, 0), "last": _at(self._losses, -1)},
             "metrics": self._metrics,
@@ -148,6 +149,14 @@ class Recorder:
             "seed": config.seed,
             "duration_s": time.time() - self._started,
         }
+
+
+def _percent(steps: list[StepReport]) -> dict[str, float]:
+    """Share of each stage in the time of all steps; what is missing to 100 belongs to no stage."""
+    total = sum(report.step_ms for report in steps)
+    if not total:
+        return dict.fromkeys(PHASES, float("nan"))
+    return {name: 100 * sum(report.phases_ms[name] for report in steps) / total for name in PHASES}
 
 
 def _ledger_row(report: StepReport) -> dict[str, Any]:
