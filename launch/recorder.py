@@ -151,7 +151,7 @@ class Recorder:
         }
 
 
-def _percent(steps: list[StepReport]) -> dict[str, float]:
+def _percent(steps: list[_Measured]) -> dict[str, float]:
     """Share of each stage in the time of all steps; what is missing to 100 belongs to no stage."""
     total = sum(report.step_ms for report in steps)
     if not total:

@@ -111,7 +111,8 @@ def _unnamed_file(folder: Path) -> int:
     try:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):  # file systems and kernels that do not know it
+        # What file systems and kernels say that do not know it.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
     descriptor, name = tempfile.mkstemp(prefix="pushpull-arena-", dir=folder)
     os.unlink(name)

@@ -21,7 +21,13 @@ class ReadySlices:
         least_elements: what a message is worth sending for before backward is over.
     """
 
-    def __init__(self, partition: Partition, keys: Sequence[str], send: Callable[[Sequence[Slice]], None], least_elements: int = _LEAST_ELEMENTS) -> None:
+    def __init__(
+        self,
+        partition: Partition,
+        keys: Sequence[str],
+        send: Callable[[Sequence[Slice]], None],
+        least_elements: int = _LEAST_ELEMENTS,
+    ) -> None:
         self._slices = partition.slices
         self._send = send
         names = {name: index for index, name in enumerate(keys)}

@@ -218,12 +218,13 @@ def test_buffers_are_private_copies_of_the_version() -> None:
     assert torch.equal(replica.values, version)
 
 
-def test_load_takes_integers_and_resets() -> None:
+def test_load_takes_integers_for_the_next_reset() -> None:
     replica = _replica()
     _loss(replica.model)
     mean = replica.partition.unflatten(replica.values)["norm.running_mean"]
     mean.fill_(0.25)
     replica.load({"norm.num_batches_tracked": torch.tensor(41)})
+    replica.reset_buffers()
     assert replica.model.norm.num_batches_tracked == 41
     assert (replica.model.norm.running_mean == 0.25).all()
     _loss(replica.model)
