@@ -83,12 +83,12 @@ def build_parser() -> jsonargparse.ArgumentParser:
     commands = parser.add_subcommands(dest="command", metavar="COMMAND")
     commands.add_subcommand("train", _train_parser(), help="train a task on one of three backends")
     commands.add_subcommand("bench", _bench_parser(), help="measure speedups over a single device")
-    commands.add_subcommand(SYNC, _sync_parser(), help="as 'bench sync': measure one round of push, sum, update, pull")
     commands.add_subcommand("evaluate", _evaluate_parser(), help="compute a trained run's metrics")
     commands.add_subcommand("predict", _predict_parser(), help="draw a trained run's predictions into pictures")
     commands.add_subcommand("tasks", _new_parser("pushpull tasks", "List the built-in tasks."), help="list the tasks")
     about = "Show machine and library versions."
     commands.add_subcommand("env", _new_parser("pushpull env", about), help="show machine and versions")
+    commands.add_subcommand(SYNC, _sync_parser(), help="as 'bench sync': measure one round of push, sum, update, pull")
     return parser
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from cluster.session import ray_session
 from launch.environment import environment
+from launch.resolve import usage_errors
 from launch.sync_config import SyncConfig
 from models.options import TaskOptions
 from models.registry import read_task
@@ -32,7 +33,8 @@ def bench_sync(config: SyncConfig) -> int:
     Raises:
         ConfigError: if the parameters are unknown, or there is no room for them.
     """
-    source = read_task(config.params) if config.megabytes is None else None
+    with usage_errors():
+        source = read_task(config.params) if config.megabytes is None else None
     optimizer = OptimizerConfig(lr=0.01, momentum=config.momentum, weight_decay=config.weight_decay)
     # Ray's example moves its tensors through the object store: a few rounds of them must fit.
     store = int(20 * _MIB * (config.workers + 1) * max(10, config.megabytes or 0))

@@ -8,7 +8,7 @@ import pytest
 from launch.cli import main
 
 
-@pytest.mark.parametrize("extra", [[], ["--transport", "ray", "--servers", "2"]])
+@pytest.mark.parametrize("extra", [[], pytest.param(["--transport", "ray", "--servers", "2"], marks=pytest.mark.slow)])
 def test_one_json_object_and_nothing_else(capsys: pytest.CaptureFixture[str], extra: list[str]) -> None:
     command = ["bench", "sync", "--params", "0.5", "--workers", "2", "--rounds", "5", "--json", *extra]
     assert main(command) == 0
