@@ -82,8 +82,8 @@ class RunConfig:
     """auto takes GPUs if there are any, else one CPU core stands in for a GPU."""
     transport: TransportName = "auto"
     """How tensors travel (ps): auto is shared memory inside a node and Ray between nodes, ray is Ray everywhere."""
-    overlap: bool = True
-    """Push slices while backward goes on, inside a node (ps)."""
+    overlap: bool | None = None
+    """Push slices while backward goes on, inside a node (ps); default: if it has a core for the servers to spare."""
     arena_dir: str = "/dev/shm"
     """Folder in whose file system shared memory is made (ps)."""
     server_threads: int | None = None

@@ -1,5 +1,6 @@
 """From what the user said to what will run: recipe, data set and machine fill the gaps, and everything is checked."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,6 +110,8 @@ def resolve(config: RunConfig) -> Resolved:
         microbatches=microbatches,
         batch_size=batch_size,
         steps=steps,
+        # Where every core computes, a server that works during backward only takes its time away from it.
+        overlap=workers * config.threads < (os.cpu_count() or 1) if config.overlap is None else config.overlap,
         **_filled_recipe(config, recipe),
     )
     plan = PlanConfig(
@@ -123,7 +126,7 @@ def resolve(config: RunConfig) -> Resolved:
         precision=config.precision,
         eval_every=config.eval_every,
         evaluate=config.evaluate,
-        overlap=config.overlap,
+        overlap=bool(filled.overlap),
         step_timeout_s=config.step_timeout,
     )
     servers = ServerConfig(num_servers=config.servers if config.backend == "ps" else 1, slice_bytes=config.slice_bytes)

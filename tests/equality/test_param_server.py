@@ -39,8 +39,8 @@ def test_same_bits_through_rays_object_store(
     check(tmp_path, single, "ssd", 2, 2, transport="ray")
 
 
-def test_same_bits_without_overlap(ray_cluster: None, tmp_path: Path, single: dict[str, dict[str, Any]]) -> None:
-    check(tmp_path, single, "ssd", 2, 1, overlap=False)
+def test_same_bits_with_overlap(ray_cluster: None, tmp_path: Path, single: dict[str, dict[str, Any]]) -> None:
+    check(tmp_path, single, "ssd", 2, 1, overlap=True)
 
 
 @pytest.mark.slow
