@@ -143,8 +143,11 @@ class TreeSum(Generic[T]):
 
     def reduce(self, add: Callable[[T, T], T]) -> T:
         """The sum over the root; must be complete."""
-        assert self.complete, f"microbatches {self.missing()} are missing"
-        return tree_reduce(self.root, self._held.get, add)
+        values, additions = self.plan()
+        registers = dict(enumerate(values))
+        for left, right, target in additions:
+            registers[target] = add(registers[left], registers[right])
+        return registers[additions[-1].target if additions else 0]
 
     def plan(self) -> tuple[list[T], tuple[Addition, ...]]:
         """The held values, and the additions that make the sum over the root of them; must be complete."""

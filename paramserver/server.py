@@ -57,7 +57,10 @@ class Server:
         self._num_microbatches = num_microbatches
         # Not zeroed: pages of other servers' slices are never touched and cost nothing.
         self.memory = memory or (torch.empty(partition.length), torch.empty(partition.length))
-        self._slices = {piece.index: self._hold_slice(piece.index, state) for piece in partition.by_server[index]}
+        initial = partition.flatten(state.values)
+        self._slices = {
+            piece.index: self._hold_slice(piece.index, state, initial) for piece in partition.by_server[index]
+        }
         self._integers = [dict(state.integers), dict(state.integers)] if index == 0 else [{}, {}]
         self._constants = dict(state.constants) if index == 0 else {}
         self._holds: Counter[int] = Counter()
@@ -65,16 +68,11 @@ class Server:
         self._stats: dict[int, MicrobatchStats] = {}
         self._open_step()
 
-    def _hold_slice(self, index: int, state: State) -> HeldSlice:
+    def _hold_slice(self, index: int, state: State, initial: Tensor) -> HeldSlice:
         piece, keys = self.partition.slices[index], self.partition.pieces[index]
         values = (self.memory[0][piece.start : piece.stop], self.memory[1][piece.start : piece.stop])
-        values[0].zero_()  # padding between keys stays zero for ever
-        for key, first, last in keys:
-            start = piece.start + first - key.offset
-            values[0][first:last] = _in_memory_order(state.values[key.name], key.shape, key.stride)[
-                start : start + last - first
-            ]
-        values[1].copy_(values[0])
+        for version in values:
+            version.copy_(initial[piece.start : piece.stop])
         held = HeldSlice(piece, keys, values, self.config, self._num_microbatches)
         held.load_optimizer(state.version, slice_optimizer_state(self.partition, index, state))
         return held
@@ -174,9 +172,14 @@ class Server:
         """Whether the whole step may be updated."""
         return self.complete and self.may_write
 
+    @property
+    def undecided(self) -> bool:
+        """Whether a vote is needed for the open step, and was not taken."""
+        return self.config.needs_vote and self._decision is None
+
     def ready_slices(self) -> list[int]:
         """Slices that may be updated now and were not yet; with a vote none before it was taken."""
-        if not (self.counted and self.may_write) or (self.config.needs_vote and self._decision is None):
+        if self.undecided or not (self.counted and self.may_write):
             return []
         return [index for index, held in self._slices.items() if held.complete and not held.updated]
 
@@ -242,8 +245,8 @@ class Server:
 
     @property
     def updated(self) -> bool:
-        """Whether ``commit`` may follow."""
-        return self.counted and all(held.updated for held in self._slices.values()) and self.may_write
+        """Whether ``commit`` may follow; a server without slices waits for the rows and the vote like the others."""
+        return self.counted and not self.undecided and all(held.updated for held in self._slices.values())
 
     def commit(self, busy: Iterable[Mapping[str, float]] = ()) -> Commit:
         """Make what was updated the current version and open the next step.
@@ -316,10 +319,3 @@ class Server:
 
 def _divisor(count: float) -> Tensor:
     return torch.tensor(max(1.0, float(count)), dtype=torch.float32)
-
-
-def _in_memory_order(value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    """The elements of a key as they follow each other in the flat vector, which is not row-major in channels_last."""
-    flat = torch.empty(value.numel())
-    flat.as_strided(shape, stride).copy_(value)
-    return flat

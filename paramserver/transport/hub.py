@@ -210,7 +210,7 @@ class Hub:
             return
         try:
             server = self._server
-            if server.config.needs_vote and server.ready and not server.ready_slices() and not server.updated:
+            if server.undecided and server.ready:
                 server.decide(self._vote(server.report()))
             if slices := server.ready_slices():
                 self._update(slices)

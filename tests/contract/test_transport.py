@@ -215,6 +215,18 @@ def test_clipping_is_decided_once_for_all_servers(link: Link) -> None:
     _assert_version(fleet, link, 2, optimizer)
 
 
+def test_a_server_without_slices_joins_the_vote(link: Link) -> None:
+    optimizer = OptimizerConfig(lr=1.0, clip_grad_norm=100.0)
+    fleet = Fleet({"w": torch.zeros(3)}, optimizer, num_servers=NUM_SERVERS)
+    assert [len(pieces) for pieces in fleet.partition.by_server] == [1, 0]
+    link.start(fleet)
+    client = link.client(fleet)
+    for step in range(2):
+        client.push(step, fleet.root, fleet.flatten({"w": torch.ones(3)}), rows_of(fleet.root), {})
+        assert client.wait(step + 1).grad_norm == pytest.approx(math.sqrt(3))
+    assert torch.equal(_pulled(fleet, link, 2)["w"], torch.full((3,), -2.0))
+
+
 def test_it_has_one_server_where_the_partition_has_one(link: Link) -> None:
     fleet = _fleet(link, num_servers=1)
     assert link.transport().num_servers == 1
