@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 
 from cluster.actors import ServerActor
 from cluster.round_actors import ExampleServer, RoundConfig, RoundWorker, build_round_model
@@ -56,6 +57,7 @@ def measure_rounds(config: RoundConfig) -> RoundTimes:
         near = {} if config.transport == "ray" else addresses
         port = _free_port()
         arenas = sum(_get([worker.connect.remote(servers, near, port) for worker in workers]))
+        torch.set_num_threads(1)  # the limit is measured in this process
         limit = limit_round(partition.length, config.workers, config.optimizer)
         weights = example.weights.remote()
         found: dict[str, list[float]] = {

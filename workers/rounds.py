@@ -64,10 +64,6 @@ class Filling(nn.Module):
         result: Tensor = _HandOut.apply(self._gradients, *self._trained)
         return result
 
-    def gradients(self) -> list[Tensor]:
-        """What backward hands out."""
-        return list(self._gradients)
-
 
 def timed(function: Callable[[], object], rounds: int) -> list[float]:
     """Milliseconds of each of ``rounds`` calls, after one that does not count."""

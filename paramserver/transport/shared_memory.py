@@ -42,6 +42,7 @@ _ANSWER_S = 5.0
 class _Line:
     """The connection to one server's hub and what it said last."""
 
+    server: int
     channel: Channel
     hello: Hello
     arena: Arena
@@ -54,6 +55,13 @@ class _Line:
     def versions(self) -> VersionsArena:
         """Mapped at first use: only then the client has seen that both sides cut the parameters alike."""
         return VersionsArena(self.arena, self.partition)
+
+    @cached_property
+    def slices(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The server's slices of both versions."""
+        pieces = self.partition.by_server[self.server]
+        first, second = self.versions.vectors
+        return [first[p.start : p.stop] for p in pieces], [second[p.start : p.stop] for p in pieces]
 
 
 @dataclass
@@ -99,7 +107,7 @@ class SharedMemoryTransport:
             raise ServerLost(f"server {server} is gone: its socket does not answer", server=server) from error
         assert isinstance(welcome, Welcome)
         arena, hello = Arena.attach(descriptor), welcome.hello
-        return _Line(channel, hello, arena, self._partition, hello.version, _tensors(welcome.integers))
+        return _Line(server, channel, hello, arena, self._partition, hello.version, _tensors(welcome.integers))
 
     @property
     def versions(self) -> tuple[Tensor, Tensor] | None:
@@ -208,8 +216,7 @@ class SharedMemoryTransport:
                 self._listen(server, deadline)
             except TimeoutError:
                 raise self._late(server, version, timeout_s) from None
-        flat = line.versions.vectors[version % 2]
-        return [flat[piece.start : piece.stop] for piece in self._partition.by_server[server]], line.integers
+        return line.slices[version % 2], line.integers
 
     def _listen(self, server: int, deadline: float) -> object:
         """Take one message in; raises the error that it holds."""
@@ -226,7 +233,7 @@ class SharedMemoryTransport:
         return message
 
     def _listen_to_errors(self, server: int) -> None:
-        """An error that overtook nothing: it came with the commit that was waited for."""
+        """Raise an error that came behind the commit that was waited for."""
         channel = self._lines[server].channel
         while channel.has_message():
             self._listen(server, time.monotonic() + _ANSWER_S)
