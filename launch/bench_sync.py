@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.session import ray_session
+from launch.drivers import idle_cores
 from launch.environment import environment
 from launch.resolve import usage_errors
 from launch.sync_config import SyncConfig
@@ -51,8 +52,7 @@ def bench_sync(config: SyncConfig) -> int:
                 workers=config.workers,
                 optimizer=optimizer,
                 servers=ServerConfig(num_servers=config.servers, slice_bytes=config.slice_bytes),
-                server_threads=config.server_threads
-                or max(1, min(config.workers, os.cpu_count() or 1) // config.servers),
+                server_threads=config.server_threads or idle_cores(config.workers, config.servers),
                 rounds=config.rounds,
                 transport=config.transport,
                 arena_dir=config.arena_dir,

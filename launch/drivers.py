@@ -18,7 +18,7 @@ from workers.assembly import build_ddp_worker, build_parts, build_single_worker
 from workers.process_group import process_group, torchrun_rank
 from workers.report import EvaluationReport, StepReport
 
-__all__ = ["Process", "Running", "drive", "param_server_session"]
+__all__ = ["Process", "Running", "drive", "idle_cores", "param_server_session"]
 
 _MIB = 1 << 20
 
@@ -87,7 +87,7 @@ def param_server_session(
     return ray_session(address=address, num_cpus=workers + servers, num_gpus=gpus, store_bytes=store)
 
 
-def _idle_cores(workers: int, servers: int) -> int:
+def idle_cores(workers: int, servers: int) -> int:
     """Threads of each server, so that together they use the cores of workers that wait for them."""
     return max(1, min(workers, os.cpu_count() or 1) // servers)
 
@@ -112,7 +112,7 @@ def _param_server(run: Resolved, resume: State | None, *, in_session: bool) -> I
             worker=run.worker,
             optimizer=run.optimizer,
             servers=run.servers,
-            server_threads=config.server_threads or _idle_cores(workers * config.threads, config.servers),
+            server_threads=config.server_threads or idle_cores(workers * config.threads, config.servers),
             transport=config.transport,
             arena_dir=config.arena_dir,
             held_versions=held,
