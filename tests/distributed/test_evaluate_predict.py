@@ -21,6 +21,7 @@ from models.options import TaskOptions
 from models.pictures import read_image
 from models.registry import build_task
 from paramserver.errors import CheckpointError, ConfigError
+from paramserver.fingerprint import fingerprint
 from tests.support.runs import SMALL, train
 
 STEPS = {"backend": "single", "device": "cpu", "batch_size": 4, "steps": 2}
@@ -70,6 +71,8 @@ def test_weights_load_without_pushpull(out: Path) -> None:
     weights = safetensors.torch.load_file(out / "fcn" / "checkpoints" / "step_2" / "model.safetensors")
     model = build_task("fcn", TaskOptions()).build_model()
     model.load_state_dict(weights, strict=True)
+    summary = json.loads((out / "fcn" / "summary.json").read_text())
+    assert fingerprint(model.state_dict()) == summary["fingerprint"]
 
 
 def test_evaluate_refuses_what_is_no_run(out: Path, tmp_path: Path) -> None:
