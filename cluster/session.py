@@ -105,6 +105,10 @@ def _private(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds loopback only
         "RAY_ADDRESS": "",
+        # What nobody looks at in a private cluster; on two busy cores it would be felt.
+        "RAY_enable_metrics_collection": "0",
+        "RAY_task_events_report_interval_ms": "0",
+        "RAY_raylet_report_resources_period_milliseconds": "1000",
     }
 
 

@@ -35,8 +35,11 @@ class Backend(Protocol):
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
         """Stage 4, after each backward: take the gradients out of the replica; empty microbatches count as zero."""
 
-    def finish(self, timer: PhaseTimer) -> Commit:
-        """Stages 5 to 8: push what is left, and wait for the next version."""
+    def push(self, timer: PhaseTimer) -> None:
+        """Stage 5: hand over what is left of this worker's sums."""
+
+    def wait(self, timer: PhaseTimer) -> Commit:
+        """Stages 6 to 8: wait for the next version. Between ``push`` and this the worker may do other things."""
 
     def merge_metric(self, metric: Metric) -> Metric | None:
         """Merge the workers' parts of an evaluation; None where another process (or nobody here) has the result."""

@@ -97,6 +97,7 @@ class DdpBackend:
         self._hook = _HookState()
         self.module.register_comm_hook(self._hook, _sum_bucket)
         self._synchronised = False
+        self._stop = False
         self._root = torch.zeros(replica.partition.length, device=replica.device)
         self._buffer_sums = TreeSum[Tensor](num_microbatches)
         self._stats: list[MicrobatchStats] = []
@@ -131,8 +132,8 @@ class DdpBackend:
             self._stats.append(stats)
             self._buffer_sums.fold(Node(stats.microbatch, stats.microbatch + 1), leaf, torch.add)
 
-    def finish(self, timer: PhaseTimer) -> Commit:
-        """See ``Backend.finish``."""
+    def push(self, timer: PhaseTimer) -> None:
+        """See ``Backend.push``: when this returns, every rank has the sums."""
         if self._synchronised:
             # The end of backward waits for the last buckets: that is communication.
             timer.move(self._backward_done_at - self._hook.last_bucket_at, "compute", "push")
@@ -140,18 +141,21 @@ class DdpBackend:
             with timer.phase("push"):
                 self._join_with_zeros()
         with timer.phase("push"):
-            stats, integers, stop = self._exchange()
+            stats, integers, self._stop = self._exchange()
             self._replica.take_gradients(self._root)
-        with timer.phase("update"):
             node = Node(0, self._num_microbatches)
             self._client.push(self.version, node, self._root.cpu(), stats, integers)
+
+    def wait(self, timer: PhaseTimer) -> Commit:
+        """See ``Backend.wait``: nobody is waited for, this rank updates its own copy."""
+        with timer.phase("update"):
             commit = self._client.wait(self.version + 1)
         timer.move(1e-3 * commit.server_ms["aggregate"], "update", "aggregate")
         self.version += 1
         self._synchronised = False
         self._stats.clear()
         self._integers = {}
-        return replace(commit, stop=stop)
+        return replace(commit, stop=self._stop)
 
     def _join_with_zeros(self) -> None:
         self._hook.zero = True

@@ -11,7 +11,7 @@ from workers.config import WorkerConfig
 
 __all__ = ["cpu_model", "device_kind", "setup_device"]
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # as malloc.h has them
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # as malloc.h has them
 
 
 def setup_device(config: WorkerConfig) -> torch.device:
@@ -48,7 +48,7 @@ def _keep_freed_memory() -> None:
         return
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 256 << 20)
-    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
+    mallopt(_M_MMAP_MAX, 0)  # a threshold would be 32 MiB at most, and activations are larger
 
 
 def device_kind(config: WorkerConfig) -> dict[str, str | int | bool]:

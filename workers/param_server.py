@@ -106,8 +106,8 @@ class ParamServerBackend:
         else:
             self._count(stats)
 
-    def finish(self, timer: PhaseTimer) -> Commit:
-        """See ``Backend.finish``."""
+    def push(self, timer: PhaseTimer) -> None:
+        """See ``Backend.push``."""
         with timer.phase("push"):
             if self._replica.device.type != "cpu":
                 self._copy_to_host()
@@ -117,14 +117,14 @@ class ParamServerBackend:
             self._pushed.clear()
             self._stats.clear()
             self._integers = {}
-        return self._wait(timer)
 
     def _copy_to_host(self) -> None:
         for index in self._sums.nodes.values():
             self._sent[index].copy_(self._sums.vectors[index], non_blocking=True)
         torch.cuda.current_stream(self._replica.device).synchronize()
 
-    def _wait(self, timer: PhaseTimer) -> Commit:
+    def wait(self, timer: PhaseTimer) -> Commit:
+        """See ``Backend.wait``."""
         with timer.phase("aggregate"):
             commit = self._client.wait(self.version + 1)
         # The servers know what they did while this worker waited; what is left was waiting for other workers.

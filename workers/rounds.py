@@ -104,7 +104,8 @@ def backend_round(filling: Filling, backend: Backend, microbatch: int) -> Callab
         with backend.microbatch(microbatch, last=True):
             filling().backward()
         backend.contribute(MicrobatchStats(microbatch, 0.0, 1.0, 1), timer)
-        backend.finish(timer)
+        backend.push(timer)
+        backend.wait(timer)
 
     return one
 

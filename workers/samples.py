@@ -1,6 +1,7 @@
 """Samples of a worker's microbatches, in the order in which it needs them, each drawn under its own seed."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any, cast
 
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -71,7 +72,20 @@ class MicrobatchLoader:
             pin_memory=pin_memory,
         )
         self._batches = iter(loader)
+        self._prepared: Future[Batch] | None = None
 
     def next(self) -> Batch:
         """The next non-empty microbatch."""
-        return cast(Batch, next(self._batches))
+        self.prepare()
+        assert self._prepared is not None
+        prepared, self._prepared = self._prepared, None
+        return prepared.result()
+
+    def prepare(self) -> None:
+        """Draw the next microbatch now, if there is one left; what that raises is raised by ``next``."""
+        if self._prepared is None:
+            self._prepared = Future()
+            try:
+                self._prepared.set_result(cast(Batch, next(self._batches)))
+            except Exception as error:
+                self._prepared.set_exception(error)

@@ -39,9 +39,9 @@ class SingleBackend(ParamServerBackend):
         self._servers = servers
         self._stop_requested = stop_requested
 
-    def finish(self, timer: PhaseTimer) -> Commit:
-        """See ``Backend.finish``."""
-        return replace(super().finish(timer), stop=self._stop_requested())
+    def wait(self, timer: PhaseTimer) -> Commit:
+        """See ``Backend.wait``."""
+        return replace(super().wait(timer), stop=self._stop_requested())
 
     def state(self) -> State:
         """A copy of everything at the committed version."""

@@ -67,7 +67,10 @@ class Worker:
             else:
                 stats = MicrobatchStats(index, 0.0, 0.0, 0)
             self._backend.contribute(stats, self._timer)
-        commit = self._backend.finish(self._timer)
+        self._backend.push(self._timer)
+        with self._timer.phase("split"):
+            self._loader.prepare()  # while others compute and the servers update
+        commit = self._backend.wait(self._timer)
         step_ms = 1e3 * (time.perf_counter() - begin)
         ledger = tuple(LedgerRow(index, self._config.worker, microbatches[index]) for index in self._run)
         return StepReport(

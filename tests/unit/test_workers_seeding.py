@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
+from models.errors import DataError
+from models.task import Sample, Split
 from tests.support.tiny_task import TinyTask
 from workers.config import PlanConfig
 from workers.minibatch import MinibatchPlan, deal_runs
@@ -123,3 +126,36 @@ def test_the_same_sample_is_augmented_otherwise_in_the_next_epoch() -> None:
     plan = MinibatchPlan(PlanConfig(batch_size=1, microbatches=1, steps=2), 1)
     loader = MicrobatchLoader(task, task.build_dataset("train"), plan, range(1), 0)
     assert not torch.equal(loader.next().images, loader.next().images)
+
+
+class _Unreadable(TinyTask):
+    """Its second sample cannot be read."""
+
+    def build_dataset(self, split: Split) -> Dataset[Sample]:
+        dataset = super().build_dataset(split)
+
+        class Broken(Dataset[Sample]):
+            def __len__(self) -> int:
+                return len(dataset)  # type: ignore[arg-type]
+
+            def __getitem__(self, index: int) -> Sample:
+                if index == 1:
+                    raise DataError("image 1 is unreadable")
+                return dataset[index]
+
+        return Broken()
+
+
+def test_what_preparing_raises_is_raised_when_the_microbatch_is_taken() -> None:
+    plan = MinibatchPlan(PlanConfig(batch_size=1, microbatches=1, steps=2), 2)
+    order = [plan.microbatches(step)[0] for step in range(2)]
+    loader = MicrobatchLoader(_Unreadable(), _Unreadable().build_dataset("train"), plan, range(1), 0)
+    for samples in order:
+        loader.prepare()
+        loader.prepare()  # once is enough
+        if samples == [1]:
+            with pytest.raises(DataError, match="image 1"):
+                loader.next()
+        else:
+            assert loader.next().ids.tolist() == samples
+    loader.prepare()  # nothing is left, which is no error until it is wanted
