@@ -192,8 +192,7 @@ class ServerActor:
         if self._published[0] != version:
             values = await self._in_hub(lambda: self._server.values(version))
             integers = await self._in_hub(lambda: self._server.integers(version))
-            arrays = {name: value.numpy() for name, value in integers.items()}
-            self._published = (version, ray.put(([value.numpy() for value in values], arrays)))
+            self._published = (version, ray.put(([value.numpy() for value in values], integers)))
         return [self._published[1]]
 
     async def wait(self, version: int, timeout_s: float) -> tuple[Commit, list[Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paramserver.errors import ServerLost, StepTimeout
+from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Hello, Push
 
 __all__ = ["RayTransport", "WirePush", "from_wire", "to_wire"]
@@ -19,25 +20,19 @@ class WirePush(NamedTuple):
     """A push as it travels: NumPy arrays, which Ray copies once, where it copies tensors twice."""
 
     push: Push
-    """Without its tensors."""
+    """Without its slices."""
     slices: dict[int, Any]
-    integers: dict[str, Any]
 
 
 def to_wire(push: Push) -> WirePush:
     """The push for the way; its memory is copied when Ray takes it."""
     slices = {index: value.numpy() for index, value in push.slices.items()}
-    integers = {name: value.numpy() for name, value in push.integers.items()}
-    return WirePush(replace(push, slices={}, integers={}), slices, integers)
+    return WirePush(replace(push, slices={}, integers=IntegerBlock.pack(push.integers)), slices)
 
 
 def from_wire(wire: WirePush) -> Push:
     """The push with tensors that share the arrays' read-only memory: nobody may write them."""
-    return replace(
-        wire.push,
-        slices={index: torch.from_numpy(value) for index, value in wire.slices.items()},
-        integers={name: torch.from_numpy(value.copy()) for name, value in wire.integers.items()},
-    )
+    return replace(wire.push, slices={index: torch.from_numpy(value) for index, value in wire.slices.items()})
 
 
 class RayTransport:
@@ -87,9 +82,7 @@ class RayTransport:
         if published is None or arrived != version:
             published = self._get(server, self._servers[server].publish.remote(version), timeout_s, "publish")
         arrays, integers = self._get(server, published[0], timeout_s, f"send version {version}")
-        return [torch.from_numpy(values) for values in arrays], {
-            name: torch.from_numpy(value) for name, value in integers.items()
-        }
+        return [torch.from_numpy(values) for values in arrays], integers
 
     def _get(self, server: int, reference: Any, timeout_s: float, what: str) -> Any:
         try:

@@ -78,12 +78,12 @@ class Client:
 
     def pull(self, version: int, out: Tensor) -> Mapping[str, Tensor]:
         """Copy ``version`` into the flat (length,) fp32 vector ``out``; gives the integer buffers back."""
-        integers: dict[str, Tensor] = {}
+        integers: Mapping[str, Tensor] = {}
         for server, pieces in enumerate(self.partition.by_server):
             values, held = self._transport.fetch(server, version, self._timeout_s)
             for piece, value in zip(pieces, values, strict=True):
                 out[piece.start : piece.stop].copy_(value, non_blocking=True)
-            integers.update(held)
+            integers = integers or held  # one server alone has them
         if out.is_cuda:
             torch.cuda.current_stream(out.device).synchronize()
         return integers
@@ -101,9 +101,10 @@ class Client:
         """
         if self._transport.versions is None:
             return None
-        integers: dict[str, Tensor] = {}
+        integers: Mapping[str, Tensor] = {}
         for server in range(self._transport.num_servers):
-            integers.update(self._transport.fetch(server, version, self._timeout_s)[1])
+            held = self._transport.fetch(server, version, self._timeout_s)[1]
+            integers = integers or held
         return self._transport.versions[version % 2], integers
 
     def allocate(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from paramserver.config import OptimizerConfig
 from paramserver.errors import NonFiniteGradient
 from paramserver.optimizer import build_slice_optimizer
 from paramserver.partition import BUFFERS, Key, Slice
-from paramserver.reduction import Node, TreeSum
+from paramserver.reduction import TreeSum
 from paramserver.scratch import Scratch
 from paramserver.state import SliceSnapshot
 
@@ -19,6 +19,9 @@ __all__ = ["CHUNK", "HeldSlice", "non_finite_gradient"]
 
 CHUNK = 65536
 """Elements that go through sum, division and update before the next ones do: 256 KiB, which stay in cache."""
+
+_PART = 4
+"""Chunks in a part of a slice, what one thread takes at a time: small enough to share out evenly."""
 
 
 class HeldSlice:
@@ -29,7 +32,7 @@ class HeldSlice:
         keys: the keys in it with their range inside the slice.
         values: the two (n,) fp32 vectors; version ``v`` lies in ``values[v % 2]``.
         config: the optimizer.
-        num_microbatches: ``M``, the leaves of the canonical tree.
+        contributions: to the open step.
     """
 
     def __init__(
@@ -38,12 +41,10 @@ class HeldSlice:
         keys: tuple[tuple[Key, int, int], ...],
         values: tuple[Tensor, Tensor],
         config: OptimizerConfig,
-        num_microbatches: int,
+        contributions: TreeSum[Tensor],
     ) -> None:
         self.piece = piece
         self.values = values
-        self.updated = False
-        """Whether the open step's version stands in the other half."""
         self._keys = keys
         self._ranges = [(lo, min(lo + CHUNK, piece.numel)) for lo in range(0, piece.numel, CHUNK)]
         self._chunks = (torch.split(values[0], CHUNK), torch.split(values[1], CHUNK))
@@ -52,7 +53,10 @@ class HeldSlice:
             build_slice_optimizer(pair, config, factor)
             for pair in (zip(*self._chunks, strict=True) if piece.group != BUFFERS else ())
         ]
-        self._sum = TreeSum[Tensor](num_microbatches)
+        self.parts = range(-(-len(self._ranges) // _PART))
+        """Pieces that may be updated by different threads."""
+        self._done: set[int] = set()
+        self._sum = contributions
         self._mean: Tensor | None = None
 
     def load_optimizer(self, version: int, state: Mapping[str, Tensor]) -> None:
@@ -64,30 +68,21 @@ class HeldSlice:
 
     # -- the open step -----------------------------------------------------------------------------------------------
 
-    def insert(self, node: Node, values: Tensor) -> bool:
-        """Hold a contribution; False if it was covered already. See ``TreeSum.insert``."""
-        return self._sum.insert(node, values)
+    def open_step(self) -> None:
+        """The contributions are those of the next step from now on."""
+        self._mean = None
+        self._done.clear()
 
     @property
-    def complete(self) -> bool:
-        """Whether all contributions are here."""
-        return self._sum.complete
-
-    def missing(self) -> list[int]:
-        """Microbatches that are not."""
-        return self._sum.missing()
-
-    def open_step(self) -> None:
-        """Forget the contributions: their step is committed."""
-        self._sum.clear()
-        self._mean = None
-        self.updated = False
+    def updated(self) -> bool:
+        """Whether the open step's version stands in the other half."""
+        return len(self._done) == len(self.parts)
 
     def squared_norms(self, divisor: Tensor, scratch: Scratch) -> list[tuple[int, int, str, float]]:
         """Rows of a ``Report``; keeps the mean gradient for ``update``."""
         begin = time.perf_counter()
         mean = self._mean = torch.empty(self.piece.numel)
-        for (lo, hi), part in zip(self._ranges, self._means(divisor, scratch), strict=True):
+        for (lo, hi), part in zip(self._ranges, self._means(self._ranges, divisor, scratch), strict=True):
             mean[lo:hi] = part
         rows = [
             (key.offset, self.piece.start + first, key.name, _squared_norm(mean[first:last]))
@@ -96,14 +91,13 @@ class HeldSlice:
         scratch.busy["aggregate"] += time.perf_counter() - begin
         return rows
 
-    def _means(self, divisor: Tensor, scratch: Scratch) -> Iterator[Tensor]:
+    def _means(self, ranges: Sequence[tuple[int, int]], divisor: Tensor, scratch: Scratch) -> Iterator[Tensor]:
         """Root of the tree / total weight, chunk by chunk, in scratch memory that the next chunk uses again."""
         held, additions = self._sum.plan()
         first = len(held)
-        chunked = [torch.split(vector, CHUNK) for vector in held]
-        for index, (lo, hi) in enumerate(self._ranges):
+        for lo, hi in ranges:
             numel = hi - lo
-            registers = [chunks[index] for chunks in chunked]
+            registers = [vector[lo:hi] for vector in held]
             for left, right, target in additions:
                 out = scratch.take(target - first, numel)
                 torch.add(registers[left], registers[right], out=out)
@@ -114,10 +108,13 @@ class HeldSlice:
             total = registers[additions[-1].target if additions else 0]
             yield torch.div(total, divisor, out=scratch.take(0, numel))
 
-    def update(self, version: int, divisor: Tensor, lr: float, scratch: Scratch, scale: float | None = None) -> None:
-        """Write version ``version + 1``, chunk by chunk while the chunk is in cache.
+    def update(
+        self, part: int, version: int, divisor: Tensor, lr: float, scratch: Scratch, scale: float | None = None
+    ) -> None:
+        """Write version ``version + 1`` of one of ``parts``, chunk by chunk while the chunk is in cache.
 
         Args:
+            part: which.
             version: the committed one, which is read.
             divisor: total weight, or samples for buffers, as a tensor without dimensions.
             lr: learning rate of this step.
@@ -128,11 +125,13 @@ class HeldSlice:
             NonFiniteGradient: naming the key, where there was no vote.
         """
         old, new = self._chunks[version % 2], self._chunks[(version + 1) % 2]
-        means = self._means(divisor, scratch) if self._mean is None else iter(torch.split(self._mean, CHUNK))
+        chunks = range(part * _PART, min((part + 1) * _PART, len(self._ranges)))
+        ranges = self._ranges[chunks.start : chunks.stop]
+        kept = self._mean
+        means = self._means(ranges, divisor, scratch) if kept is None else (kept[lo:hi] for lo, hi in ranges)
         busy = scratch.busy
-        for index, (lo, hi) in enumerate(self._ranges):
-            begin = time.perf_counter()
-            mean = next(means)
+        begin = time.perf_counter()
+        for index, (lo, hi), mean in zip(chunks, ranges, means, strict=True):
             summed = time.perf_counter()
             if self.piece.group == BUFFERS:
                 torch.add(old[index], mean, out=new[index])
@@ -143,8 +142,9 @@ class HeldSlice:
                     mean.mul_(scale)
                 self._optimizers[index].step(version, mean, lr)
             busy["aggregate"] += summed - begin
-            busy["update"] += time.perf_counter() - summed
-        self.updated = True
+            begin = time.perf_counter()
+            busy["update"] += begin - summed
+        self._done.add(part)
 
     def skip(self, version: int) -> None:
         """Write version ``version + 1`` as a copy of ``version``."""
@@ -152,7 +152,7 @@ class HeldSlice:
             self.values[(version + 1) % 2].copy_(self.values[version % 2])
         for optimizer in self._optimizers:
             optimizer.skip(version)
-        self.updated = True
+        self._done.update(self.parts)
 
     def _refuse_non_finite(self, mean: Tensor, lo: int, hi: int, step: int) -> None:
         # A sum is far cheaper than isfinite; it may overflow by itself, so that is looked at again.

@@ -132,14 +132,19 @@ class TreeSum(Generic[T]):
         return True
 
     @property
+    def held(self) -> int:
+        """How many microbatches the held nodes cover."""
+        return sum(node.hi - node.lo for node in self._held)
+
+    @property
     def complete(self) -> bool:
         """Whether the held nodes cover the root."""
-        return sum(node.hi - node.lo for node in self._held) == self.root.hi
+        return self.held == self.root.hi
 
-    def missing(self) -> list[int]:
-        """Microbatches that no held node covers."""
+    def missing(self, wanted: range | None = None) -> list[int]:
+        """Those of the ``wanted`` microbatches, all if None, that no held node covers."""
         held = {index for node in self._held for index in range(node.lo, node.hi)}
-        return [index for index in range(self.root.hi) if index not in held]
+        return [index for index in (range(self.root.hi) if wanted is None else wanted) if index not in held]
 
     def reduce(self, add: Callable[[T, T], T]) -> T:
         """The sum over the root; must be complete."""
@@ -149,11 +154,15 @@ class TreeSum(Generic[T]):
             registers[target] = add(registers[left], registers[right])
         return registers[additions[-1].target if additions else 0]
 
-    def plan(self) -> tuple[list[T], tuple[Addition, ...]]:
-        """The held values, and the additions that make the sum over the root of them; must be complete."""
-        assert self.complete, f"microbatches {self.missing()} are missing"
-        nodes = tuple(sorted(self._held))
-        return [self._held[node] for node in nodes], plan_additions(self.root, nodes)
+    def plan(self, node: Node | None = None) -> tuple[list[T], tuple[Addition, ...]]:
+        """The values held inside ``node``, and the additions that make its sum of them; None is the root.
+
+        The held values must cover it.
+        """
+        root = node or self.root
+        nodes = tuple(sorted(other for other in self._held if root.covers(other)))
+        assert sum(n.hi - n.lo for n in nodes) == root.hi - root.lo, f"microbatches {self.missing()} are missing"
+        return [self._held[n] for n in nodes], plan_additions(root, nodes)
 
     def clear(self) -> None:
         """Hold nothing."""

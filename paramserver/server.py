@@ -1,8 +1,8 @@
 """One server's state: add contributions, sum them along the tree, update, commit, snapshot.
 
-A plain class without processes: whoever owns it calls ``push`` for what arrives, then ``update_slice`` for every slice
-of ``ready_slices`` (by several threads, if it likes), and ``commit`` once all are updated. Two versions of everything
-an update writes stand side by side (E5): updates write version ``t + 1`` and read ``t``; ``commit`` makes ``t + 1``
+A plain class without processes: whoever owns it calls ``push`` for what arrives, then ``update_part`` for every one of
+``ready_parts`` (by several threads, if it likes), and ``commit`` once all are updated. Two versions of everything an
+update writes stand side by side (E5): updates write version ``t + 1`` and read ``t``; ``commit`` makes ``t + 1``
 visible by writing the version number, last.
 """
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from paramserver.config import OptimizerConfig
-from paramserver.errors import PartitionMismatch, PushRefused, ReplicaMismatch, StaleContribution, VersionGone
+from paramserver.errors import VersionGone
 from paramserver.held_slice import CHUNK, HeldSlice, non_finite_gradient
-from paramserver.messages import Commit, Decision, Hello, MicrobatchStats, Push, Report
+from paramserver.integers import IntegerBlock
+from paramserver.messages import Commit, Decision, Hello, Push, Report
+from paramserver.open_step import OpenStep
 from paramserver.partition import BUFFERS, Partition
-from paramserver.reduction import check_node
+from paramserver.reduction import TreeSum
 from paramserver.scratch import Scratch
 from paramserver.state import ServerSnapshot, State, slice_optimizer_state
 
@@ -51,116 +53,69 @@ class Server:
         self.index = index
         self.partition = partition
         self.config = config
-        self.generation = 0
         self.version = state.version
-        self._run = run
-        self._num_microbatches = num_microbatches
+        sums = {piece.index: TreeSum[Tensor](num_microbatches) for piece in partition.by_server[index]}
+        self._step = OpenStep(
+            f"server {index}",
+            partition,
+            num_microbatches,
+            range(num_microbatches),
+            run,
+            sums,
+            counts_integers=index == 0,
+        )
         # Not zeroed: pages of other servers' slices are never touched and cost nothing.
         self.memory = memory or (torch.empty(partition.length), torch.empty(partition.length))
         initial = partition.flatten(state.values)
         self._slices = {
-            piece.index: self._hold_slice(piece.index, state, initial) for piece in partition.by_server[index]
+            piece.index: self._hold_slice(piece.index, state, initial, sums[piece.index])
+            for piece in partition.by_server[index]
         }
-        self._integers = [dict(state.integers), dict(state.integers)] if index == 0 else [{}, {}]
+        self._integers = [IntegerBlock.pack(state.integers if index == 0 else {}) for _ in range(2)]
         self._constants = dict(state.constants) if index == 0 else {}
         self._holds: Counter[int] = Counter()
         self._scratch = self.new_scratch()
-        self._stats: dict[int, MicrobatchStats] = {}
         self._open_step()
 
-    def _hold_slice(self, index: int, state: State, initial: Tensor) -> HeldSlice:
+    def _hold_slice(self, index: int, state: State, initial: Tensor, contributions: TreeSum[Tensor]) -> HeldSlice:
         piece, keys = self.partition.slices[index], self.partition.pieces[index]
         values = (self.memory[0][piece.start : piece.stop], self.memory[1][piece.start : piece.stop])
         for version in values:
             version.copy_(initial[piece.start : piece.stop])
-        held = HeldSlice(piece, keys, values, self.config, self._num_microbatches)
+        held = HeldSlice(piece, keys, values, self.config, contributions)
         held.load_optimizer(state.version, slice_optimizer_state(self.partition, index, state))
         return held
 
     def new_scratch(self) -> Scratch:
-        """What a thread needs that calls ``update_slice``."""
+        """What a thread needs that calls ``update_part``."""
         return Scratch(min(CHUNK, max((held.piece.numel for held in self._slices.values()), default=0)))
 
     def _open_step(self) -> None:
+        self._step.open()
         for held in self._slices.values():
             held.open_step()
-        self._stats = {}
-        self._new_integers: dict[str, Tensor] = {}
-        self._last_worker: int | None = None
         self._decision: Decision | None = None
         self._divisors: tuple[Tensor, Tensor] | None = None
 
     def hello(self) -> Hello:
         """What a worker checks and takes before its first step."""
-        return Hello(self._run, self.generation, self.partition.hash, self.version, self._constants)
+        return Hello(self._step.run, self._step.generation, self.partition.hash, self.version, self._constants)
 
     # -- stage 6, aggregate ------------------------------------------------------------------------------------------
 
     def push(self, push: Push) -> None:
-        """Take a contribution in; a repetition is ignored. Nothing is changed if it raises.
-
-        The tensors are read until the step is committed, and never written. A push may hold some of the slices alone;
-        the rows and integer buffers of its microbatches come with each.
-
-        Raises:
-            StaleContribution: an earlier step, generation or run. A repetition of the step just committed is
-                answered: transports may deliver twice, and late.
-            PushRefused: the step is not open yet.
-            PartitionMismatch: a slice that is not here, or has another size or dtype.
-            OverlappingContribution: the node is not one of the tree.
-            ReplicaMismatch: integer buffers differ from those of another microbatch.
-        """
-        if (push.run, push.generation, push.step) == (self._run, self.generation, self.version - 1):
-            return
-        self._check(push)
-        if self.index == 0:
-            self._agree(push.integers, push)
-        fresh = [self._slices[index].insert(push.node, values) for index, values in push.slices.items()]
-        if fresh and not any(fresh):
-            return
-        if self.index == 0:
-            self._new_integers.update((name, value.clone()) for name, value in push.integers.items())
-        self._stats.update((row.microbatch, row) for row in push.stats)
-        self._last_worker = push.worker
-
-    def _check(self, push: Push) -> None:
-        who = f"push of worker {push.worker} for step {push.step}"
-        if push.run != self._run or push.generation < self.generation:
-            raise StaleContribution(f"{who} is of run {push.run}, generation {push.generation}, an earlier one")
-        if push.step < self.version:
-            raise StaleContribution(f"{who}: server {self.index} has committed version {self.version} already")
-        if push.step > self.version:
-            raise PushRefused(f"{who}: server {self.index} is at version {self.version}, the step is not open yet")
-        for index, values in push.slices.items():
-            if index not in self._slices:
-                raise PartitionMismatch(f"{who}: slice {index} is not on server {self.index}")
-            wanted = self.partition.slices[index].numel
-            if values.dtype != torch.float32 or values.shape != (wanted,):
-                raise PartitionMismatch(
-                    f"{who}: slice {index} is {values.dtype} of shape {tuple(values.shape)}, wanted float32 ({wanted},)"
-                )
-        if [row.microbatch for row in push.stats] != list(range(push.node.lo, push.node.hi)):
-            raise PartitionMismatch(f"{who}: its rows are not those of microbatches [{push.node.lo}, {push.node.hi})")
-        check_node(push.node, self._num_microbatches)
-
-    def _agree(self, integers: Mapping[str, Tensor], push: Push) -> None:
-        for name, value in integers.items():
-            known = self._new_integers.get(name, value)
-            if not torch.equal(known, value):
-                raise ReplicaMismatch(
-                    f"buffer {name!r} differs between the microbatches of step {push.step} ({known} and {value}): "
-                    "an integer buffer must become the same in every microbatch"
-                )
+        """Take a contribution in; see ``OpenStep.push``."""
+        self._step.push(push, self.version)
 
     @property
     def counted(self) -> bool:
         """Whether the rows of all microbatches are known: what a sum is divided by."""
-        return len(self._stats) == self._num_microbatches
+        return self._step.counted
 
     @property
     def complete(self) -> bool:
         """Whether every slice has all contributions to the open step."""
-        return self.counted and all(held.complete for held in self._slices.values())
+        return self._step.complete
 
     @property
     def may_write(self) -> bool:
@@ -177,23 +132,23 @@ class Server:
         """Whether a vote is needed for the open step, and was not taken."""
         return self.config.needs_vote and self._decision is None
 
-    def ready_slices(self) -> list[int]:
-        """Slices that may be updated now and were not yet; with a vote none before it was taken."""
+    def ready_parts(self) -> list[tuple[int, int]]:
+        """(slice, part of it) that may be updated now and were not yet; with a vote none before it was taken."""
         if self.undecided or not (self.counted and self.may_write):
             return []
-        return [index for index, held in self._slices.items() if held.complete and not held.updated]
+        ready = [(i, held) for i, held in self._slices.items() if self._step.is_whole(i) and not held.updated]
+        return [(index, part) for index, held in ready for part in held.parts]
 
     def missing(self) -> list[int]:
         """Microbatches of the open step that some slice still waits for."""
-        slices = {index for held in self._slices.values() for index in held.missing()}
-        return sorted(slices | (set(range(self._num_microbatches)) - self._stats.keys()))
+        return self._step.missing()
 
     def _divisor(self, held: HeldSlice) -> Tensor:
         """What the sum of a slice is divided by: all weights, or all samples for buffers; at least 1."""
         if self._divisors is None:
             # In microbatch order, not in that of arrival: weights need not be whole numbers. And tensors, not
             # numbers: by a number CUDA multiplies with the reciprocal, which is another result.
-            rows = [self._stats[index] for index in range(self._num_microbatches)]
+            rows = [row for _, row in sorted(self._step.stats.items())]
             weight, samples = sum(row.weight for row in rows), sum(row.samples for row in rows)
             self._divisors = (_divisor(weight), _divisor(samples))
         return self._divisors[held.piece.group == BUFFERS]
@@ -219,27 +174,28 @@ class Server:
             raise non_finite_gradient(str(decision.key), self.version + 1)
         self._decision = decision
 
-    def update_slice(self, index: int, scratch: Scratch | None = None) -> None:
-        """Write version ``version + 1`` of one of ``ready_slices``; different slices may be updated at once.
+    def update_part(self, index: int, part: int, scratch: Scratch | None = None) -> None:
+        """Write version ``version + 1`` of one of ``ready_parts``; different ones may be updated at once.
 
         Raises:
             NonFiniteGradient: with ``on_nan="stop"``; the committed version stands.
         """
         held, decision = self._slices[index], self._decision
         if decision is not None and not decision.apply:
-            held.skip(self.version)
+            if part == 0:
+                held.skip(self.version)
             return
         scale = None if decision is None or held.piece.group == BUFFERS else decision.scale
         lr = self.config.learning_rate(self.version)
-        held.update(self.version, self._divisor(held), lr, scratch or self._scratch, scale)
+        held.update(part, self.version, self._divisor(held), lr, scratch or self._scratch, scale)
 
     def update(self, decision: Decision | None = None) -> None:
         """Write version ``version + 1`` of every slice; ``decision`` is the vote's, None where none is needed."""
         assert self.ready
         if decision is not None:
             self.decide(decision)
-        for index in self.ready_slices():
-            self.update_slice(index)
+        for index, part in self.ready_parts():
+            self.update_part(index, part)
 
     # -- stage 8, commit ---------------------------------------------------------------------------------------------
 
@@ -256,17 +212,17 @@ class Server:
         """
         assert self.updated, "commit before update"
         applied = self._decision is None or self._decision.apply
-        new = {**self._integers[self.version % 2], **(self._new_integers if applied else {})}
-        self._integers[(self.version + 1) % 2] = new
+        old = self._integers[self.version % 2]
+        self._integers[(self.version + 1) % 2] = old.updated(self._step.integers) if applied else old
         stages = [self._scratch.take_busy(), *busy]
         commit = Commit(
             version=self.version + 1,
-            stats=tuple(self._stats[index] for index in sorted(self._stats)),
+            stats=tuple(row for _, row in sorted(self._step.stats.items())),
             lr=self.config.learning_rate(self.version),
             skipped=not applied,
             grad_norm=self._decision.norm if self._decision else None,
             server_ms={stage: 1e3 * sum(thread.get(stage, 0.0) for thread in stages) for stage in stages[0]},
-            last_worker=self._last_worker,
+            last_worker=self._step.last_worker,
         )
         self.version += 1
         self._open_step()
@@ -288,10 +244,10 @@ class Server:
         self._check_readable(version)
         return self.memory[version % 2]
 
-    def integers(self, version: int) -> dict[str, Tensor]:
-        """Integer and boolean buffers at ``version``."""
+    def integers(self, version: int) -> IntegerBlock:
+        """Integer and boolean buffers at ``version``; not to be written."""
         self._check_readable(version)
-        return dict(self._integers[version % 2])
+        return self._integers[version % 2]
 
     def hold(self, version: int) -> None:
         """Keep ``version`` until ``release``: the update that would overwrite it waits."""

@@ -3,7 +3,7 @@
 import inspect
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -101,7 +101,7 @@ class DdpBackend:
         self._root = torch.zeros(replica.partition.length, device=replica.device)
         self._buffer_sums = TreeSum[Tensor](num_microbatches)
         self._stats: list[MicrobatchStats] = []
-        self._integers: dict[str, Tensor] = {}
+        self._integers: Mapping[str, Tensor] = {}
         replica.load({}, self._client.constants)
 
     def pull(self, timer: PhaseTimer) -> None:

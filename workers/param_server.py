@@ -1,6 +1,6 @@
 """Backend of a parameter-server worker: read a version, send tree sums, wait for the commit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,7 +49,7 @@ class ParamServerBackend:
         """What the servers read of each maximal node."""
         self._pushed: set[Node] = set()
         self._stats: list[MicrobatchStats] = []
-        self._integers: dict[str, Tensor] = {}
+        self._integers: Mapping[str, Tensor] = {}
         replica.load({}, client.constants)
 
     def pull(self, timer: PhaseTimer) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.errors import ConfigError, ReplicaMismatch
+from paramserver.integers import IntegerBlock
 from paramserver.partition import BUFFERS, Key, KeySpec, Partition, make_partition
 from paramserver.state import State
 
@@ -65,11 +66,10 @@ _KEPT_VIEWS = 8
 
 
 class _Views(NamedTuple):
-    """A flat vector, kept so that its address stays its own, and the keys' views of it."""
+    """A flat vector, kept so that its address stays its own, and the parameters' views of it."""
 
     flat: Tensor
     parameters: list[Tensor]
-    buffers: list[Tensor]
 
 
 class Replica:
@@ -89,8 +89,14 @@ class Replica:
         self._buffers = [(key, buffers[key.name]) for key in partition.keys if key.group == BUFFERS]
         held = {key.name for key in partition.keys}
         persistent = model.state_dict(keep_vars=True)
-        self._integers = {name: buffers[name] for name in buffers if name in persistent and name not in held}
-        self._pulled_integers = {name: value.detach().clone() for name, value in self._integers.items()}
+        integers = {name: buffers[name] for name in buffers if name in persistent and name not in held}
+        # The model's own buffers, in two blocks: a microbatch puts them back by two copies, however many they are.
+        self._integers = IntegerBlock.pack(integers, self.device)
+        self._pulled_integers = IntegerBlock.pack(self._integers)
+        for name, buffer in integers.items():
+            buffer.data = self._integers[name]
+        self._first_buffer = self._buffers[0][0].offset if self._buffers else partition.length
+        self._private = torch.zeros(partition.length - self._first_buffer, device=self.device)
         self._constants = {name: value for name, value in parameters.items() if name not in held}
         self._known_views: dict[int, _Views] = {}
         self.values = torch.zeros(partition.length, device=self.device)
@@ -99,7 +105,9 @@ class Replica:
             key.view(self.values).copy_(parameter.detach())
         for key, buffer in self._buffers:
             key.view(self.values).copy_(buffer)
+            buffer.data = self._private.as_strided(key.shape, key.stride, key.offset - self._first_buffer)
         self.point_to(self.values)
+        self.reset_buffers()
 
     def point_to(self, flat: Tensor) -> None:
         """Make a flat (length,) vector on this device the parameters, without copying.
@@ -117,9 +125,7 @@ class Replica:
         if found is None:
             if len(self._known_views) >= _KEPT_VIEWS:
                 self._known_views.pop(next(iter(self._known_views)))
-            found = _Views(
-                flat, [key.view(flat) for key, _ in self._parameters], [key.view(flat) for key, _ in self._buffers]
-            )
+            found = _Views(flat, [key.view(flat) for key, _ in self._parameters])
             self._known_views[flat.data_ptr()] = found
         return found
 
@@ -128,8 +134,11 @@ class Replica:
 
         The model sees them from the next ``reset_buffers`` on.
         """
-        for name, value in integers.items():
-            self._pulled_integers[name].copy_(value)
+        if isinstance(integers, IntegerBlock) and integers.layout == self._pulled_integers.layout:
+            self._pulled_integers.data.copy_(integers.data)
+        else:
+            for name, value in integers.items():
+                self._pulled_integers[name].copy_(value)
         for name, value in (constants or {}).items():
             with torch.no_grad():
                 self._constants[name].copy_(value)
@@ -138,9 +147,9 @@ class Replica:
     def reset_buffers(self) -> None:
         """Give the model private copies of the pulled buffers: every microbatch starts from them (E4)."""
         if self._buffers:
-            torch._foreach_copy_([buffer for _, buffer in self._buffers], self._views(self.values).buffers)
+            self._private.copy_(self.buffer_part(self.values))
         if self._integers:
-            torch._foreach_copy_(list(self._integers.values()), list(self._pulled_integers.values()))
+            self._integers.data.copy_(self._pulled_integers.data)
 
     @property
     def parameters(self) -> Sequence[tuple[Key, nn.Parameter]]:
@@ -163,11 +172,10 @@ class Replica:
         """Write samples x (after - pulled) into the buffers' part of ``out`` (length,)."""
         if not self._buffers:
             return
-        torch._foreach_copy_(self._views(out).buffers, [buffer for _, buffer in self._buffers])
         change, pulled = self.buffer_part(out), self.buffer_part(self.values)
-        untouched = change == pulled
-        change.sub_(pulled).mul_(samples)
-        change.masked_fill_(untouched, 0.0)  # an infinity that nobody touched: inf - inf is no number
+        torch.sub(self._private, pulled, out=change).mul_(samples)
+        # An infinity that nobody touched: inf - inf is no number.
+        change.masked_fill_(self._private == pulled, 0.0)
 
     @property
     def has_buffers(self) -> bool:
@@ -176,24 +184,26 @@ class Replica:
 
     def buffer_part(self, flat: Tensor) -> Tensor:
         """The part of a flat (length,) vector where the float buffers lie: they come last."""
-        return flat[self._buffers[0][0].offset :]
+        return flat[self._first_buffer :]
 
     @property
     def integer_buffers(self) -> Mapping[str, Tensor]:
         """The model's integer and boolean buffers, by key."""
         return self._integers
 
-    def integers(self) -> dict[str, Tensor]:
+    def integers(self) -> IntegerBlock:
         """Copies of the integer and boolean buffers as the last microbatch left them, on the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in self._integers.items()}
+        return IntegerBlock.pack(self._integers, torch.device("cpu"))
 
-    def agreed_integers(self, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def agreed_integers(self, known: Mapping[str, Tensor]) -> IntegerBlock:
         """As ``integers``, which must be ``known``: those after another microbatch of the step, or empty.
 
         Raises:
             ReplicaMismatch: naming the buffer that differs.
         """
         integers = self.integers()
+        if integers.same(known):
+            return integers
         for name, value in known.items():
             if not torch.equal(value, integers[name]):
                 raise ReplicaMismatch(

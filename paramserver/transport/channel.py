@@ -5,6 +5,7 @@ temporary folder to mind. Both sides must be the same user's, and the caller sho
 unpickled.
 """
 
+import contextlib
 import hmac
 import os
 import pickle
@@ -12,12 +13,16 @@ import secrets
 import select
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Address", "Channel", "connect", "listen"]
+__all__ = ["Address", "Channel", "connect", "dump", "listen"]
 
-_HEADER = struct.Struct("<Q")
+_HEADER = struct.Struct("<QB")
+"""Length of the pickle, and how many descriptors come with it."""
+_PIECE = 1 << 17
+_SEND_S = 30.0
 _MAX_DESCRIPTORS = 4
 _TOKEN_BYTES = 32
 _GREETING_S = 10.0
@@ -53,10 +58,20 @@ def connect(address: Address, timeout_s: float) -> "Channel":
 
 
 class Channel:
-    """One side of a connection; each message is one pickle."""
+    """One side of a connection; each message is one pickle. For one thread at a time.
+
+    The socket never blocks: a message may come in pieces, at any pace, and no peer can hold its other side up longer
+    than that one's own deadline.
+    """
 
     def __init__(self, peer: socket.socket) -> None:
+        peer.setblocking(False)
         self._socket = peer
+        self._input = bytearray()
+        self._descriptors: list[int] = []
+        self._output = bytearray()
+        self._poll = select.poll()
+        self._poll.register(peer, select.POLLIN)
 
     @classmethod
     def accept(cls, listener: socket.socket, token: bytes) -> "Channel | None":
@@ -80,45 +95,109 @@ class Channel:
         """Send one message; the peer gets descriptors of its own.
 
         Raises:
+            OSError: if the peer is gone, or does not read for 30 s.
+        """
+        self.post(dump(message), descriptors)
+        while self.pending:
+            if not _poll_for(self._socket, select.POLLOUT, _SEND_S):
+                raise TimeoutError("the peer does not read")
+            self.flush()
+
+    def post(self, payload: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Send as much as goes at once of a message that ``dump`` made; ``flush`` sends what is ``pending`` then.
+
+        Raises:
             OSError: if the peer is gone.
         """
-        self.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL), descriptors)
-
-    def send_bytes(self, payload: bytes, descriptors: Sequence[int] = ()) -> None:
-        """As ``send``, for a message that was pickled already."""
-        self._socket.settimeout(None)
-        frame = _HEADER.pack(len(payload)) + payload
-        sent = socket.send_fds(self._socket, [frame], list(descriptors)) if descriptors else 0
+        assert not (descriptors and self._output), "descriptors go with the first byte of their message"
+        frame = _HEADER.pack(len(payload), len(descriptors)) + payload
+        if self._output:
+            self._output += frame
+            return
+        try:
+            sent = (
+                socket.send_fds(self._socket, [frame], list(descriptors)) if descriptors else self._socket.send(frame)
+            )
+        except BlockingIOError:
+            assert not descriptors
+            sent = 0
         if sent < len(frame):
-            self._socket.sendall(frame[sent:] if sent else frame)
+            self._output += memoryview(frame)[sent:]
 
-    def receive(self, timeout_s: float | None = None) -> tuple[Any, list[int]]:
+    @property
+    def pending(self) -> bool:
+        """Whether something waits for the peer to read."""
+        return bool(self._output)
+
+    def flush(self) -> None:
+        """Send what goes at once of what is pending.
+
+        Raises:
+            OSError: if the peer is gone.
+        """
+        with contextlib.suppress(BlockingIOError):
+            while self._output:
+                sent = self._socket.send(memoryview(self._output)[: 1 << 20])
+                del self._output[:sent]
+
+    def receive(self, timeout_s: float) -> tuple[Any, list[int]]:
         """The next message and the descriptors that came with it, which the caller owns.
 
         Raises:
-            TimeoutError: if none came.
+            TimeoutError: if none came; what came of it is kept for the next call.
             EOFError: if the peer is gone.
         """
-        self._socket.settimeout(timeout_s)
-        try:
-            header, descriptors, _, _ = socket.recv_fds(self._socket, _HEADER.size, _MAX_DESCRIPTORS)
-            if len(header) < _HEADER.size:
-                header += _read(self._socket, _HEADER.size - len(header))
-            return pickle.loads(_read(self._socket, _HEADER.unpack(header)[0])), descriptors
-        except ConnectionError as error:
-            raise EOFError("the peer is gone") from error
+        deadline = time.monotonic() + timeout_s
+        while (found := self.take()) is None:
+            if not self._poll.poll(max(0.0, 1e3 * (deadline - time.monotonic()))):
+                raise TimeoutError("no message came")
+        return found
 
-    def has_message(self) -> bool:
-        """Whether ``receive`` would return at once."""
-        return bool(select.select([self._socket], [], [], 0)[0])
+    def take(self) -> tuple[Any, list[int]] | None:
+        """As ``receive``, but None where there is no whole message yet.
 
-    def may_send(self) -> bool:
-        """Whether a small message would go out at once: false once the peer has not read for long."""
-        return bool(select.select([], [self._socket], [], 0)[1])
+        Raises:
+            EOFError: if the peer is gone.
+        """
+        while (found := self._parse()) is None:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._socket, _PIECE, _MAX_DESCRIPTORS)
+            except BlockingIOError:
+                return None
+            except ConnectionError:
+                raise EOFError("the peer is gone") from None
+            if not data:
+                raise EOFError("the peer is gone")
+            self._input += data
+            self._descriptors += descriptors
+        return found
+
+    def _parse(self) -> tuple[Any, list[int]] | None:
+        if len(self._input) < _HEADER.size:
+            return None
+        length, count = _HEADER.unpack_from(self._input)
+        end = _HEADER.size + length
+        if len(self._input) < end:
+            return None
+        message = pickle.loads(memoryview(self._input)[_HEADER.size : end])
+        del self._input[:end]
+        descriptors, self._descriptors = self._descriptors[:count], self._descriptors[count:]
+        return message, descriptors
 
     def close(self) -> None:
         """Close this side."""
         self._socket.close()
+
+
+def dump(message: Any) -> bytes:
+    """What ``post`` sends."""
+    return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _poll_for(peer: socket.socket, event: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(peer, event)
+    return bool(poll.poll(1e3 * timeout_s))
 
 
 def _read(peer: socket.socket, count: int) -> bytes:

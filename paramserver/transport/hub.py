@@ -6,7 +6,6 @@ updates, helper threads take slices from the same list, since torch lets go of t
 
 import contextlib
 import os
-import pickle
 import queue
 import selectors
 import threading
@@ -16,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from paramserver.arena import Arena
@@ -24,7 +22,7 @@ from paramserver.errors import PartitionMismatch, PushPullError
 from paramserver.messages import Commit, Decision, FlatSlices, Push, Report
 from paramserver.partition import Slice
 from paramserver.server import Server
-from paramserver.transport.channel import Address, Channel, listen
+from paramserver.transport.channel import Address, Channel, dump, listen
 from paramserver.transport.versions import VersionsArena
 from paramserver.transport.wire import (
     Arrival,
@@ -51,8 +49,8 @@ class _Peer:
     channel: Channel
     arenas: dict[int, Arena] = field(default_factory=dict)
     vectors: dict[Place, FlatSlices] = field(default_factory=dict)
-    unsent: bytes | None = None
-    """The newest message that did not fit: it is not reading, so it needs no older one."""
+    stuck: bool = False
+    """Whether something waits until it reads."""
 
 
 class Hub:
@@ -163,9 +161,9 @@ class Hub:
         if channel is None:
             return
         peer = _Peer(channel)
-        integers = _arrays(self._server.integers(self._server.version))
+        welcome = Welcome(self._server.hello(), self._server.integers(self._server.version))
         try:
-            channel.send(Welcome(self._server.hello(), integers), [self.versions.arena.descriptor])
+            channel.send(welcome, [self.versions.arena.descriptor])
             if self.failure is not None:
                 channel.send(Failed(self.failure))
         except OSError:
@@ -176,12 +174,12 @@ class Hub:
 
     def _hear(self, peer: _Peer, events: int) -> None:
         try:
-            if events & selectors.EVENT_WRITE and peer.unsent is not None:
-                peer.channel.send_bytes(peer.unsent)
-                peer.unsent = None
-                self._selector.modify(peer.channel, selectors.EVENT_READ, peer)
+            if events & selectors.EVENT_WRITE:
+                peer.channel.flush()
+                self._await_room(peer)
             if events & selectors.EVENT_READ:
-                self._answer(peer, *peer.channel.receive())
+                while (found := peer.channel.take()) is not None:
+                    self._answer(peer, *found)
         except (EOFError, OSError):
             self._drop(peer)
 
@@ -190,12 +188,12 @@ class Hub:
             peer.arenas[message.index] = Arena.attach(descriptors[0])
             peer.arenas[message.index].close()
         elif isinstance(message, AskMissing):
-            peer.channel.send(Missing(self._server.missing()))
+            self._tell(peer, dump(Missing(self._server.missing())))
         elif isinstance(message, Arrival):
             try:
                 self._server.push(_found(message, peer, self._pieces))
             except PushPullError as error:
-                peer.channel.send(Failed(error))
+                self._tell(peer, dump(Failed(error)))
 
     def _drop(self, peer: _Peer) -> None:
         # What it pushed stays: its arenas are mapped as long as somebody holds a tensor in them.
@@ -212,8 +210,8 @@ class Hub:
             server = self._server
             if server.undecided and server.ready:
                 server.decide(self._vote(server.report()))
-            if slices := server.ready_slices():
-                self._update(slices)
+            if parts := server.ready_parts():
+                self._update(parts)
             if server.updated:
                 self._commit()
         except BaseException as error:
@@ -224,12 +222,12 @@ class Hub:
         self._tell_all(Failed(error))
         self._on_change(None)
 
-    def _update(self, slices: list[int]) -> None:
-        left = iter(slices)  # next() on it is atomic: each slice goes to one thread
+    def _update(self, parts: list[tuple[int, int]]) -> None:
+        left = iter(parts)  # next() on it is atomic: each part goes to one thread
 
         def work(thread: int) -> None:
-            for index in left:
-                self._server.update_slice(index, self._scratches[thread])
+            for index, part in left:
+                self._server.update_part(index, part, self._scratches[thread])
 
         begin = time.perf_counter()
         helpers = [self._helpers.submit(work, i) for i in range(1, len(self._scratches))] if self._helpers else []
@@ -257,22 +255,30 @@ class Hub:
         spent = 1e3 * (time.perf_counter() - begin)
         self.last = replace(commit, server_ms={**commit.server_ms, "commit": spent}, stop=self.stop)
         self._on_change(self.last)
-        self._tell_all(Committed(self.last, _arrays(server.integers(server.version))))
+        self._tell_all(Committed(self.last, server.integers(server.version)))
 
     last: Commit | None = None
     """The commit of the current version, once one was made."""
 
     def _tell_all(self, message: object) -> None:
-        frame = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        payload = dump(message)
         for peer in list(self._peers.values()):
-            if peer.unsent is None and peer.channel.may_send():
-                try:
-                    peer.channel.send_bytes(frame)
-                except OSError:
-                    self._drop(peer)
-            else:
-                peer.unsent = frame
-                self._selector.modify(peer.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, peer)
+            self._tell(peer, payload)
+
+    def _tell(self, peer: _Peer, payload: bytes) -> None:
+        try:
+            peer.channel.post(payload)
+        except OSError:
+            self._drop(peer)
+        else:
+            self._await_room(peer)
+
+    def _await_room(self, peer: _Peer) -> None:
+        """Wait for room to send in as long as something is left to send: a peer that does not read stops nobody."""
+        if peer.channel.pending != peer.stuck:
+            peer.stuck = peer.channel.pending
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.stuck else 0)
+            self._selector.modify(peer.channel, events, peer)
 
 
 def _found(message: Arrival, peer: _Peer, pieces: Sequence[Slice]) -> Push:
@@ -288,13 +294,8 @@ def _found(message: Arrival, peer: _Peer, pieces: Sequence[Slice]) -> Push:
             slices = {index: _tensor(place, peer) for index, place in message.slices.items()}
     except (KeyError, ValueError) as error:
         raise PartitionMismatch(f"push of worker {message.push.worker} names memory that it did not attach") from error
-    integers = {name: torch.from_numpy(value) for name, value in message.integers.items()}
-    return replace(message.push, slices=slices, integers=integers)
+    return replace(message.push, slices=slices)
 
 
 def _tensor(place: Place, peer: _Peer) -> Tensor:
     return peer.arenas[place.arena].tensor(place.offset, place.numel, place.dtype)
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: value.numpy() for name, value in tensors.items()}

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from paramserver.arena import DEFAULT_ARENA_DIR, Arena
 from paramserver.errors import ServerLost, StepTimeout, VersionGone
+from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, FlatSlices, Hello, Push
 from paramserver.partition import Partition
 from paramserver.transport.channel import Address, Channel, connect
@@ -107,7 +106,7 @@ class SharedMemoryTransport:
             raise ServerLost(f"server {server} is gone: its socket does not answer", server=server) from error
         assert isinstance(welcome, Welcome)
         arena, hello = Arena.attach(descriptor), welcome.hello
-        return _Line(server, channel, hello, arena, self._partition, hello.version, _tensors(welcome.integers))
+        return _Line(server, channel, hello, arena, self._partition, hello.version, welcome.integers)
 
     @property
     def versions(self) -> tuple[Tensor, Tensor] | None:
@@ -150,8 +149,8 @@ class SharedMemoryTransport:
             slices = VectorPlace(place, tuple(piece.index for piece in push.slices.pieces))
         else:
             slices = {index: self._place(values, push.step) for index, values in push.slices.items()}
-        integers = {name: value.numpy() for name, value in push.integers.items()}
-        self._tell(server, Arrival(replace(push, slices={}, integers={}), slices, integers))
+        integers = push.integers if isinstance(push.integers, IntegerBlock) else IntegerBlock.pack(push.integers)
+        self._tell(server, Arrival(replace(push, slices={}, integers=integers), slices))
 
     def _find(self, values: Tensor) -> Place | None:
         """Where a tensor lies, if it is in an arena."""
@@ -220,23 +219,28 @@ class SharedMemoryTransport:
 
     def _listen(self, server: int, deadline: float) -> object:
         """Take one message in; raises the error that it holds."""
-        line = self._lines[server]
         try:
-            message, _ = line.channel.receive(max(1e-6, deadline - time.monotonic()))
+            message, _ = self._lines[server].channel.receive(deadline - time.monotonic())
         except EOFError:
             raise self._lost(server) from None
+        self._understand(server, message)
+        return message
+
+    def _understand(self, server: int, message: object) -> None:
+        line = self._lines[server]
         if isinstance(message, Failed):
             raise message.error
         if isinstance(message, Committed):
             line.version, line.commit = message.commit.version, message.commit
-            line.integers = _tensors(message.integers)
-        return message
+            line.integers = message.integers
 
     def _listen_to_errors(self, server: int) -> None:
         """Raise an error that came behind the commit that was waited for."""
-        channel = self._lines[server].channel
-        while channel.has_message():
-            self._listen(server, time.monotonic() + _ANSWER_S)
+        try:
+            while (found := self._lines[server].channel.take()) is not None:
+                self._understand(server, found[0])
+        except EOFError:
+            raise self._lost(server) from None
 
     def _tell(self, server: int, message: object, descriptors: Sequence[int] = ()) -> None:
         try:
@@ -252,7 +256,3 @@ class SharedMemoryTransport:
         for line in self._lines.values():
             line.channel.close()
         self._lines.clear()
-
-
-def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(value) for name, value in arrays.items()}

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Hello, Push
 
 __all__ = ["Arrival", "AskMissing", "AttachArena", "Committed", "Failed", "Missing", "Place", "VectorPlace", "Welcome"]
@@ -42,8 +43,6 @@ class Arrival:
 
     push: Push
     slices: Mapping[int, Place] | VectorPlace
-    integers: Mapping[str, Any]
-    """NumPy arrays: tensors take longer to pickle."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Welcome:
     """Hub to worker, first: what a transport's ``hello`` tells. The descriptor of the versions' arena comes with it."""
 
     hello: Hello
-    integers: Mapping[str, Any]
+    integers: IntegerBlock
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Committed:
     """Hub to all workers: a new version stands in the arena."""
 
     commit: Commit
-    integers: Mapping[str, Any]
+    integers: IntegerBlock
 
 
 @dataclass(frozen=True)

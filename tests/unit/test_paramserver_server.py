@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(
 
 def test_a_raised_generation_refuses_the_one_before() -> None:
     fleet = _fleet()
-    fleet.servers[0].generation = 3
+    fleet.servers[0]._step.generation = 3
     with pytest.raises(StaleContribution, match="generation 2"):
         fleet.servers[0].push(fleet.push(0, LEAVES[0], {}, generation=2))
     fleet.servers[0].push(fleet.push(0, LEAVES[0], {}, generation=3))
