@@ -141,7 +141,7 @@ class ServerActor:
         )
         self._state = None  # copied: its memory in the object store is not needed any more
         self._server = server
-        vote = self._ask_vote if len(self._peers) > 1 else None
+        vote = self._ask_vote if len(self._peers) > 1 else self._decide_alone
         self._hub = Hub(server, versions, threads=self._threads, vote=vote, on_change=self._changed)
         return self._hub.address
 
@@ -156,6 +156,9 @@ class ServerActor:
         for future in waiting:
             if not future.done():
                 future.set_result(None)
+
+    def _decide_alone(self, report: Report) -> Decision:
+        return decide([report], self._optimizer)
 
     def _ask_vote(self, report: Report) -> Decision:
         try:
@@ -263,15 +266,19 @@ class WorkerActor:
         """Where this worker runs, and what kind of device it is."""
         return place_of_process(device_kind(self._config))
 
-    def run(self, servers: Sequence[Any], addresses: Mapping[int, Address]) -> Iterator[StepReport | EvaluationReport]:
+    def run(
+        self, index: int, servers: Sequence[Any], addresses: Mapping[int, Address]
+    ) -> Iterator[StepReport | EvaluationReport]:
         """Train to the end; a streaming generator, so that the worker never waits for who reads it.
 
         Args:
+            index: this worker's number, which is dealt once all have their places.
             servers: handles of all servers.
-            addresses: of those that are reached by shared memory; the others by Ray.
+            addresses: where each is reached by shared memory, itself or a relay; empty if Ray is to carry everything.
         """
+        config = replace(self._config, worker=index)
         transport = route(servers, addresses, self._parts.partition, self._arena_dir)
-        worker, backend = build_param_server_worker(self._task, self._config, self._parts, transport)
+        worker, backend = build_param_server_worker(self._task, config, self._parts, transport)
         try:
             yield from worker.run()
         finally:

@@ -11,16 +11,19 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import Place, ServerActor, WorkerActor
 from cluster.config import ClusterConfig
 from cluster.placement import check_room, resources
+from cluster.relay import RelayActor
 from models.errors import TaskError
 from models.registry import TaskSource
 from paramserver.errors import PushPullError, ReplicaMismatch, ServerLost, StepTimeout, WorkerLost
 from paramserver.partition import Partition
 from paramserver.state import State, assemble
 from paramserver.transport.channel import Address
+from workers.minibatch import deal_runs
 from workers.report import EvaluationReport, StepReport, merge_evaluations, merge_steps
 
 __all__ = ["Coordinator"]
@@ -47,6 +50,7 @@ class Coordinator:
             self._start_server(index, partition, ray.put(state)) for index in range(config.servers.num_servers)
         ]
         self._workers = [self._start_worker(index, source) for index in range(config.worker.num_workers)]
+        self._relays: list[Any] = []
         self.places: dict[str, list[Place]] = {}
 
     def _start_server(self, index: int, partition: Partition, state: Any) -> Any:
@@ -87,7 +91,7 @@ class Coordinator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in (*self._workers, *self._servers):
+        for actor in (*self._workers, *self._relays, *self._servers):
             ray.kill(actor)
 
     def start(self) -> None:
@@ -103,7 +107,10 @@ class Coordinator:
         workers = [actor.place.remote() for actor in self._workers]
         self.places["server"] = [self._started("server", i, ref, deadline) for i, ref in enumerate(servers)]
         self.places["worker"] = [self._started("worker", i, ref, deadline) for i, ref in enumerate(workers)]
+        self._number_by_node()
         self._open_servers(deadline)
+        if self._config.transport != "ray":
+            self._open_relays(deadline)
         kinds = [place.device_kind or {} for place in self.places["worker"]]
         for index, kind in enumerate(kinds):
             for name, value in kind.items():
@@ -113,24 +120,51 @@ class Coordinator:
                         "all devices of a run must be of one kind, or their bits differ"
                     )
 
+    def _number_by_node(self) -> None:
+        """Number workers node by node: then a node's microbatches are one run, and few tree nodes go over the wire."""
+        places = self.places["worker"]
+        nodes = list(dict.fromkeys(place.node for place in places))
+        order = sorted(range(len(places)), key=lambda index: nodes.index(places[index].node))
+        self._workers = [self._workers[index] for index in order]
+        self.places["worker"] = [places[index] for index in order]
+
     def _open_servers(self, deadline: float) -> None:
         """Let servers begin to serve; those of one node share the arena of its first."""
-        self._addresses: list[Address] = []
-        first: dict[str, Address] = {}
+        self._addresses: dict[str, dict[int, Address]] = {}
         for index, (actor, place) in enumerate(zip(self._servers, self.places["server"], strict=True)):
-            opened = actor.open.remote(self._servers, first.get(place.node))
-            address: Address = self._started("server", index, opened, deadline)
-            self._addresses.append(address)
-            first.setdefault(place.node, address)
+            here = self._addresses.setdefault(place.node, {})
+            opened = actor.open.remote(self._servers, next(iter(here.values()), None))
+            here[index] = self._started("server", index, opened, deadline)
 
-    def _near(self, worker: int) -> dict[int, Address]:
-        """Servers that a worker reaches by shared memory: those of the same Ray node."""
-        node = self.places["worker"][worker].node
-        return {
-            server: address
-            for server, address in enumerate(self._addresses)
-            if self._config.transport != "ray" and self.places["server"][server].node == node
-        }
+    def _open_relays(self, deadline: float) -> None:
+        """On each node with workers, something that stands for the servers elsewhere."""
+        plan, places = self._config.worker.plan, self.places["worker"]
+        runs = deal_runs(plan.microbatches, len(places))
+        self.places["relay"] = []
+        for node in dict.fromkeys(place.node for place in places):
+            here = self._addresses.setdefault(node, {})
+            far = [server for server in range(len(self._servers)) if server not in here]
+            if not far:
+                continue
+            inside = [run for place, run in zip(places, runs, strict=True) if place.node == node]
+            relay = self._start_relay(node, range(inside[0].start, inside[-1].stop))
+            self._relays.append(relay)
+            opened = relay.open.remote(self._servers, far, next(iter(here.values()), None))
+            self.places["relay"].append(self._started("relay", len(self._relays) - 1, relay.place.remote(), deadline))
+            here.update(self._started("relay", len(self._relays) - 1, opened, deadline))
+
+    def _start_relay(self, node: str, run: range) -> Any:
+        config, pinned = self._config, NodeAffinitySchedulingStrategy(node, soft=False)
+        actor = ray.remote(RelayActor).options(num_cpus=0, num_gpus=0, max_restarts=0, scheduling_strategy=pinned)
+        timeout_s = config.worker.step_timeout_s
+        return actor.remote(
+            self._partition,
+            config.worker.plan.microbatches,
+            run,
+            config.server_threads,
+            config.arena_dir,
+            timeout_s,
+        )
 
     def _started(self, role: str, index: int, reference: Any, deadline: float) -> Any:
         try:
@@ -155,8 +189,8 @@ class Coordinator:
             return init.cause  # type: ignore[no-any-return]
         places = self.places.get(role)
         where = f" (pid {places[index].pid} on {places[index].host})" if places else ""
-        kind = WorkerLost if role == "worker" else ServerLost
-        return kind(f"{role} {index}{where} died: look at its log, or resume with --resume", **{role: index})
+        kind, named = (WorkerLost, {"worker": index}) if role == "worker" else (ServerLost, {"server": index})
+        return kind(f"{role} {index}{where} died: look at its log, or resume with --resume", **named)
 
     def run(self, stop_requested: Callable[[], bool]) -> Iterator[StepReport | EvaluationReport]:
         """Let the workers train; gives each step once all have reported it, and each evaluation, in order of steps.
@@ -169,8 +203,10 @@ class Coordinator:
             Exception: what a worker raised, such as ``DataError``.
         """
         streams = [
-            actor.run.options(num_returns="streaming").remote(self._servers, self._near(index))
-            for index, actor in enumerate(self._workers)
+            actor.run.options(num_returns="streaming").remote(
+                index, self._servers, self._addresses[place.node] if self._config.transport != "ray" else {}
+            )
+            for index, (actor, place) in enumerate(zip(self._workers, self.places["worker"], strict=True))
         ]
         indices = {stream: index for index, stream in enumerate(streams)}
         merged = _Merger(len(streams))

@@ -10,18 +10,19 @@ import queue
 import selectors
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from paramserver.arena import Arena
 from paramserver.errors import PartitionMismatch, PushPullError
-from paramserver.messages import Commit, Decision, FlatSlices, Push, Report
-from paramserver.partition import Slice
-from paramserver.server import Server
+from paramserver.integers import IntegerBlock
+from paramserver.messages import Commit, Decision, FlatSlices, Hello, Push, Report
+from paramserver.partition import Partition, Slice
+from paramserver.scratch import Scratch
 from paramserver.transport.channel import Address, Channel, dump, listen
 from paramserver.transport.versions import VersionsArena
 from paramserver.transport.wire import (
@@ -35,11 +36,35 @@ from paramserver.transport.wire import (
     VectorPlace,
     Welcome,
 )
-from paramserver.vote import decide
 
 __all__ = ["Hub"]
 
 T = TypeVar("T")
+
+
+class Served(Protocol):
+    """What a hub serves: a ``Server``, or on its behalf a ``NodeSum``. See there."""
+
+    index: int
+    partition: Partition
+    version: int
+
+    @property
+    def undecided(self) -> bool: ...
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def updated(self) -> bool: ...
+    def hello(self) -> Hello: ...
+    def push(self, push: Push) -> None: ...
+    def missing(self) -> list[int]: ...
+    def report(self) -> Report: ...
+    def decide(self, decision: Decision) -> None: ...
+    def ready_parts(self) -> list[tuple[int, int]]: ...
+    def update_part(self, index: int, part: int, scratch: Scratch) -> None: ...
+    def new_scratch(self) -> Scratch: ...
+    def commit(self, busy: Iterable[Mapping[str, float]] = ()) -> Commit: ...
+    def integers(self, version: int) -> IntegerBlock: ...
 
 
 @dataclass
@@ -57,16 +82,17 @@ class Hub:
     """Serves one ``Server`` to the workers of its machine; use ``close`` at the end.
 
     Args:
-        server: from now on touched by this object's thread alone; its memory is that of ``versions``.
+        server: or what stands for one; from now on touched by this object's thread alone. Its memory is that of
+            ``versions``.
         versions: the arena that workers map.
         threads: how many threads sum and update.
-        vote: gives all servers' decision for this server's report; None decides by this server alone.
+        vote: gives all servers' decision for this server's report.
         on_change: called in the hub's thread after every commit, and with None after a failure.
     """
 
     def __init__(
         self,
-        server: Server,
+        server: Served,
         versions: VersionsArena,
         *,
         threads: int = 1,
@@ -79,7 +105,7 @@ class Hub:
         """Whether the version committed next is to be the run's last."""
         self._server = server
         self.versions = versions
-        self._vote = vote or (lambda report: decide([report], server.config))
+        self._vote = vote
         self._on_change = on_change
         self._pieces = server.partition.by_server[server.index]
         self._scratches = [server.new_scratch() for _ in range(threads)]
@@ -111,6 +137,10 @@ class Hub:
     def push(self, push: Push) -> "Future[None]":
         """Take a contribution that came another way than by a socket."""
         return self.call(lambda: self._server.push(push))
+
+    def fail(self, error: BaseException) -> None:
+        """End the run here: tell all workers."""
+        self.call(lambda: self._fail(error))
 
     def close(self) -> None:
         """Stop the thread and give sockets back; arenas go with their last user."""
@@ -209,6 +239,7 @@ class Hub:
         try:
             server = self._server
             if server.undecided and server.ready:
+                assert self._vote is not None
                 server.decide(self._vote(server.report()))
             if parts := server.ready_parts():
                 self._update(parts)
@@ -253,7 +284,7 @@ class Hub:
         self._wall = 0.0
         self.versions.commit(server.index, server.version)
         spent = 1e3 * (time.perf_counter() - begin)
-        self.last = replace(commit, server_ms={**commit.server_ms, "commit": spent}, stop=self.stop)
+        self.last = replace(commit, server_ms={**commit.server_ms, "commit": spent}, stop=self.stop or commit.stop)
         self._on_change(self.last)
         self._tell_all(Committed(self.last, server.integers(server.version)))
 

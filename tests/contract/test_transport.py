@@ -26,7 +26,7 @@ from paramserver.messages import Push
 from paramserver.partition import KeySpec, make_partition
 from paramserver.reduction import Node, children, maximal_nodes, tree_reduce
 from paramserver.state import State
-from tests.support.links import Link, in_process_link, ray_link, shared_memory_link
+from tests.support.links import Link, in_process_link, ray_link, relayed_link, shared_memory_link
 from tests.support.servers import TIMEOUT_S, Fleet, bits_equal, rows_of
 from workers.minibatch import deal_runs
 
@@ -35,7 +35,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"),
 ]
 
-LINKS = {"in-process": in_process_link, "shared-memory": shared_memory_link, "ray": ray_link}
+LINKS = {
+    "in-process": in_process_link,
+    "shared-memory": shared_memory_link,
+    "relayed": relayed_link,
+    "ray": ray_link,
+}
 """A new transport is added here, and nowhere else in this file."""
 
 NUM_SERVERS = 2

@@ -16,24 +16,27 @@ from tests.support.processes import end_processes_of, start
 from tests.support.runs import HARD, SMALL, train
 
 
+def _ray_start(*options: str) -> None:
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "start", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *options]
+    started = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert started.returncode == 0, started.stderr
+
+
 @pytest.fixture
 def head(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A Ray head with a token of its own, on loopback."""
+    """A Ray head with a token of its own."""
     folder = tmp_path_factory.mktemp("ray", numbered=True)
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    ray = str(Path(sys.executable).with_name("ray"))
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")  # with "0" a second node is refused
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [ray, "start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=4"]
     home = Path(tempfile.mkdtemp(prefix="pp-"))  # a socket's path may have about 108 bytes: pytest's are too long
-    command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={home}"]
-    started = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert started.returncode == 0, started.stderr
+    _ray_start("--head", f"--port={port}", "--num-cpus=3", "--include-dashboard=false", f"--temp-dir={home}")
     yield f"127.0.0.1:{port}"
     end_processes_of({str(home)})  # "ray stop" would end every cluster of this machine
     shutil.rmtree(home, ignore_errors=True)
@@ -48,5 +51,28 @@ def test_a_run_on_a_joined_cluster_has_the_bits_of_single(head: str, tmp_path: P
     _, complaint = process.communicate(timeout=90)
     assert process.returncode == 0, complaint
     joined = json.loads((tmp_path / "ps" / "summary.json").read_text())
+    single = train(tmp_path, "single", backend="single", **settings)
+    assert joined["fingerprint"] == single.summary["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("num_servers", "transport"), [(1, "auto"), (2, "auto"), pytest.param(2, "ray", marks=pytest.mark.slow)]
+)
+def test_a_run_on_two_nodes_has_the_bits_of_single(head: str, tmp_path: Path, num_servers: int, transport: str) -> None:
+    """As many logical CPUs as actors, so that neither node holds them all: workers push to servers elsewhere."""
+    workers = 3
+    _ray_start(f"--address={head}", f"--num-cpus={workers + num_servers - 3}")
+    settings = {**SMALL["fcn"], **HARD, "steps": 2}
+    options = [f"--{key.replace('_', '-')}={str(value).lower()}" for key, value in settings.items() if key != "task"]
+    options += ["--backend=ps", f"--workers={workers}", f"--servers={num_servers}", f"--transport={transport}"]
+    process = start("train", "fcn", *options, f"--address={head}", f"--out={tmp_path}", "--name=ps")
+    _, complaint = process.communicate(timeout=90)
+    assert process.returncode == 0, complaint
+    joined = json.loads((tmp_path / "ps" / "summary.json").read_text())
+    processes = json.loads((tmp_path / "ps" / "processes.json").read_text())
+    nodes = {role: [p["node"] for p in processes if p["role"] == role] for role in ("worker", "server", "relay")}
+    assert len({*nodes["worker"], *nodes["server"]}) == 2
+    apart = {node for node in nodes["worker"] if set(nodes["server"]) != {node}}
+    assert len(nodes["relay"]) == (len(apart) if transport == "auto" else 0)
     single = train(tmp_path, "single", backend="single", **settings)
     assert joined["fingerprint"] == single.summary["fingerprint"]

@@ -12,6 +12,7 @@ from paramserver.server import Server
 from paramserver.transport.hub import Hub
 from paramserver.transport.in_process import InProcessTransport
 from paramserver.transport.protocol import Transport
+from paramserver.transport.relay import Relay
 from paramserver.transport.shared_memory import SharedMemoryTransport
 from paramserver.transport.versions import VersionsArena, attach_versions
 from paramserver.vote import decide
@@ -119,7 +120,7 @@ class SharedMemoryLink(Link):
     deadline_s = 0.5
 
     def __init__(self) -> None:
-        self._hubs: list[Hub] = []
+        self._hubs: list[Hub | Relay] = []
         self._transports: list[SharedMemoryTransport] = []
 
     def start(self, fleet: Fleet) -> None:
@@ -165,6 +166,29 @@ class SharedMemoryLink(Link):
         self._transports, self._hubs = [], []
 
 
+class RelayedLink(SharedMemoryLink):
+    """The servers of ``InProcessLink``, behind a node's relays: workers see sockets and shared memory of their node."""
+
+    def start(self, fleet: Fleet) -> None:
+        """See ``Link.start``."""
+        self.close()
+        self._partition = fleet.partition
+        versions = VersionsArena.create(fleet.partition)
+        self._hubs = [
+            Relay(
+                index,
+                fleet.partition,
+                fleet.num_microbatches,
+                range(fleet.num_microbatches),
+                InProcessTransport(fleet.group),
+                versions,
+                threads=2,
+                timeout_s=TIMEOUT_S,
+            )
+            for index in range(len(fleet.servers))
+        ]
+
+
 class _Ballot:
     """What server 0 does for all: the last report makes the decision."""
 
@@ -188,6 +212,16 @@ class _Ballot:
 def shared_memory_link(num_servers: int) -> Iterator[Link]:
     """Servers behind sockets and shared memory."""
     link = SharedMemoryLink()
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+@contextmanager
+def relayed_link(num_servers: int) -> Iterator[Link]:
+    """Servers that stand elsewhere, behind a node's relays."""
+    link = RelayedLink()
     try:
         yield link
     finally:

@@ -1,0 +1,76 @@
+"""The actor that stands on a node for the servers of other nodes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.actors import Place, place_of_process, prepare_process
+from cluster.ray_transport import RayTransport
+from paramserver.partition import Partition
+from paramserver.transport.channel import Address
+from paramserver.transport.relay import Relay
+from paramserver.transport.versions import VersionsArena, attach_versions
+
+__all__ = ["RelayActor"]
+
+
+class RelayActor:
+    """Relays to servers elsewhere, one for each.
+
+    Args:
+        partition: of the run.
+        num_microbatches: ``M``.
+        run: the node's microbatches.
+        threads: how many threads sum, for each server.
+        arena_dir: where shared memory is made.
+        timeout_s: deadline of each wait for a server.
+    """
+
+    def __init__(
+        self, partition: Partition, num_microbatches: int, run: range, threads: int, arena_dir: str, timeout_s: float
+    ) -> None:
+        prepare_process()
+        torch.set_num_threads(1)
+        self._partition = partition
+        self._num_microbatches = num_microbatches
+        self._run = run
+        self._threads = threads
+        self._arena_dir = Path(arena_dir)
+        self._timeout_s = timeout_s
+
+    def place(self) -> Place:
+        """Where this relay runs."""
+        return place_of_process()
+
+    def open(self, servers: Sequence[Any], far: Sequence[int], beside: Address | None) -> dict[int, Address]:
+        """Begin to serve.
+
+        Args:
+            servers: handles of all servers.
+            far: those to stand for.
+            beside: address of a server of this node whose arena is to be shared; None makes one.
+
+        Returns:
+            Where workers of this node connect, by server.
+        """
+        versions = (
+            VersionsArena.create(self._partition, self._arena_dir)
+            if beside is None
+            else attach_versions(beside, self._partition)
+        )
+        self._relays = {
+            server: Relay(
+                server,
+                self._partition,
+                self._num_microbatches,
+                self._run,
+                RayTransport(servers),
+                versions,
+                threads=self._threads,
+                timeout_s=self._timeout_s,
+            )
+            for server in far
+        }
+        return {server: relay.address for server, relay in self._relays.items()}

@@ -1,0 +1,212 @@
+"""Stage 4 on a node: what its workers pushed to a server elsewhere is summed here, so that it goes over the wire once.
+
+To a ``Hub``, and so to the node's workers, this is that server: they push, wait and read as they do with a server of
+their own node. What goes on are the maximal tree nodes inside the node's run of microbatches, slice by slice as each
+is whole; what comes back is written once, for all workers of the node.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from paramserver.held_slice import CHUNK
+from paramserver.integers import IntegerBlock
+from paramserver.messages import Commit, Decision, Hello, Push, Report
+from paramserver.open_step import OpenStep
+from paramserver.partition import Partition
+from paramserver.reduction import Node, TreeSum, maximal_nodes
+from paramserver.scratch import Scratch
+
+__all__ = ["NodeSum"]
+
+_PART = 1 << 18
+"""Elements that one thread sums at a time: 1 MiB."""
+_NO_SLICE = -1
+
+
+class NodeSum:
+    """Sums the slices of one server over the workers of one node.
+
+    Args:
+        index: which server.
+        partition: the run's partition.
+        num_microbatches: ``M``, the leaves of the canonical tree.
+        run: the node's microbatches.
+        hello: what the server says of itself.
+        integers: integer buffers at the server's version.
+        memory: two flat (length,) fp32 vectors, for versions ``v % 2``: the node's. That of the server's version holds
+            its slices already.
+        forward: called with each push that is to go on, by the threads that sum; its tensors stay as they are until
+            ``arrive``.
+    """
+
+    undecided = False
+    """Votes are taken where the servers are."""
+    ready = False
+
+    def __init__(
+        self,
+        index: int,
+        partition: Partition,
+        num_microbatches: int,
+        run: range,
+        hello: Hello,
+        integers: IntegerBlock,
+        memory: tuple[Tensor, Tensor],
+        forward: Callable[[Push], None],
+    ) -> None:
+        self.index = index
+        self.partition = partition
+        self.version = hello.version
+        self._hello = hello
+        self._integers = integers
+        self._memory = memory
+        self._forward = forward
+        self._pieces = {piece.index: piece for piece in partition.by_server[index]}
+        self._sums = {piece: TreeSum[Tensor](num_microbatches) for piece in self._pieces}
+        self._step = OpenStep(
+            f"server {index}",
+            partition,
+            num_microbatches,
+            run,
+            hello.run,
+            self._sums,
+            counts_integers=index == 0,
+        )
+        self._nodes = maximal_nodes(run.start, run.stop, num_microbatches)
+        length = sum(piece.numel for piece in self._pieces.values())
+        flats = [torch.empty(length) for _ in self._nodes]
+        self._results: dict[int, dict[Node, Tensor]] = {}
+        start = 0
+        for piece in self._pieces.values():
+            self._results[piece.index] = {
+                node: flat[start : start + piece.numel] for node, flat in zip(self._nodes, flats, strict=True)
+            }
+            start += piece.numel
+        self._lock = threading.Lock()
+        self._open_step()
+
+    def _open_step(self) -> None:
+        self._step.open()
+        self._handed_out: set[int] = set()
+        self._parts_left = {index: len(self._parts(index)) for index in self._pieces}
+        self._arrived: tuple[Commit, IntegerBlock] | None = None
+
+    def _parts(self, index: int) -> range:
+        return range(-(-self._pieces[index].numel // _PART))
+
+    def new_scratch(self) -> Scratch:
+        """What a thread needs that calls ``update_part``."""
+        return Scratch(CHUNK)
+
+    def hello(self) -> Hello:
+        """What the server said of itself."""
+        return self._hello._replace(version=self.version)
+
+    def push(self, push: Push) -> None:
+        """Take a worker's contribution in; see ``OpenStep.push``."""
+        self._step.push(push, self.version)
+
+    def missing(self) -> list[int]:
+        """Microbatches of this node that some slice still waits for."""
+        return self._step.missing()
+
+    def ready_parts(self) -> list[tuple[int, int]]:
+        """(slice, part of it) that all workers of this node have contributed to; each is given once."""
+        if not self._step.counted:
+            return []
+        ready = [index for index in self._pieces if index not in self._handed_out and self._step.is_whole(index)]
+        self._handed_out.update(ready)
+        if not self._pieces and _NO_SLICE not in self._handed_out:
+            self._handed_out.add(_NO_SLICE)
+            self._send({node: {} for node in self._nodes})  # a server without slices wants the rows
+        return [(index, part) for index in ready for part in self._parts(index)]
+
+    def update_part(self, index: int, part: int, scratch: Scratch) -> None:
+        """Sum one part over this node's workers; the last part of a slice sends the slice on."""
+        begin = time.perf_counter()
+        numel = self._pieces[index].numel
+        span = range(part * _PART, min((part + 1) * _PART, numel))
+        for node in self._nodes:
+            self._sum(self._sums[index], node, self._results[index][node], span, scratch)
+        scratch.busy["aggregate"] += time.perf_counter() - begin
+        with self._lock:
+            self._parts_left[index] -= 1
+            last = not self._parts_left[index]
+        if last:
+            self._send({node: {index: self._whole(index, node)} for node in self._nodes})
+
+    @staticmethod
+    def _sum(held: TreeSum[Tensor], node: Node, result: Tensor, span: range, scratch: Scratch) -> None:
+        vectors, additions = held.plan(node)
+        if not additions:  # one worker's contribution is all there is: it goes on as it lies
+            return
+        first, final = len(vectors), additions[-1].target
+        for lo in range(span.start, span.stop, CHUNK):
+            hi = min(lo + CHUNK, span.stop)
+            registers = dict(enumerate(vector[lo:hi] for vector in vectors))
+            for step, (left, right, target) in enumerate(additions):
+                whole = target == final and step == len(additions) - 1
+                out = result[lo:hi] if whole else scratch.take(target - first, hi - lo)
+                registers[target] = torch.add(registers[left], registers[right], out=out)
+
+    def _whole(self, index: int, node: Node) -> Tensor:
+        vectors, additions = self._sums[index].plan(node)
+        return self._results[index][node] if additions else vectors[0]
+
+    def _send(self, slices: Mapping[Node, Mapping[int, Tensor]]) -> None:
+        for node, held in slices.items():
+            push = Push(
+                run=self._hello.run,
+                step=self.version,
+                generation=self._hello.generation,
+                worker=self._step.last_worker or 0,
+                node=node,
+                slices=held,
+                stats=tuple(self._step.stats[microbatch] for microbatch in range(node.lo, node.hi)),
+                integers=self._step.integers,
+            )
+            self._forward(push)
+
+    @property
+    def pushes(self) -> int:
+        """How often ``forward`` is called in a step."""
+        return max(1, len(self._pieces)) * len(self._nodes)
+
+    def arrive(self, commit: Commit, values: Sequence[Tensor], integers: Mapping[str, Tensor]) -> None:
+        """The server has committed the open step: take its slices at the new version, in the partition's order."""
+        target = self._memory[commit.version % 2]
+        for piece, value in zip(self._pieces.values(), values, strict=True):
+            target[piece.start : piece.stop].copy_(value)
+        self._arrived = (commit, IntegerBlock.pack(integers))
+
+    @property
+    def updated(self) -> bool:
+        """Whether ``commit`` may follow: the new version is here."""
+        return self._arrived is not None
+
+    def commit(self, busy: Iterable[Mapping[str, float]] = ()) -> Commit:
+        """Make what arrived the current version; the time spent summing here is added to the server's."""
+        assert self._arrived is not None
+        commit, self._integers = self._arrived
+        self.version = commit.version
+        self._open_step()
+        here = {stage: 1e3 * sum(thread.get(stage, 0.0) for thread in busy) for stage in commit.server_ms}
+        return replace(commit, server_ms={name: value + here[name] for name, value in commit.server_ms.items()})
+
+    def integers(self, version: int) -> IntegerBlock:
+        """Integer and boolean buffers at the committed version."""
+        assert version == self.version
+        return self._integers
+
+    def report(self) -> Report:
+        """Never asked for; see ``undecided``."""
+        raise AssertionError
+
+    def decide(self, decision: Decision) -> None:
+        """Never asked for; see ``undecided``."""
+        raise AssertionError

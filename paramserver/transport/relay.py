@@ -1,0 +1,124 @@
+"""Stands on a node for a server elsewhere: one push and one pull a node, however many workers it has."""
+
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from paramserver.integers import IntegerBlock
+from paramserver.messages import Push
+from paramserver.node_sum import NodeSum
+from paramserver.partition import Partition
+from paramserver.transport.channel import Address
+from paramserver.transport.hub import Hub
+from paramserver.transport.protocol import Transport
+from paramserver.transport.versions import VersionsArena
+
+__all__ = ["Relay"]
+
+_MESSAGE_ELEMENTS = 1 << 21
+"""8 MiB: slices that wait are sent together up to this size, since a message costs up to a millisecond."""
+
+
+class Relay:
+    """A ``Hub`` whose pushes go on, summed, and whose versions come from the server; use ``close`` at the end.
+
+    Args:
+        server: which server.
+        partition: of the run.
+        num_microbatches: ``M``.
+        run: the node's microbatches.
+        transport: the way to the server.
+        versions: the node's arena.
+        threads: how many threads sum.
+        timeout_s: deadline of each wait for the server.
+    """
+
+    def __init__(
+        self,
+        server: int,
+        partition: Partition,
+        num_microbatches: int,
+        run: range,
+        transport: Transport,
+        versions: VersionsArena,
+        *,
+        threads: int,
+        timeout_s: float,
+    ) -> None:
+        self._server = server
+        self._transport = transport
+        self._timeout_s = timeout_s
+        hello = transport.hello(server, timeout_s)
+        values, integers = transport.fetch(server, hello.version, timeout_s)
+        for piece, value in zip(partition.by_server[server], values, strict=True):
+            versions.vectors[hello.version % 2][piece.start : piece.stop].copy_(value)
+        self._outbox: queue.SimpleQueue[Push | None] = queue.SimpleQueue()
+        self._sum = NodeSum(
+            server,
+            partition,
+            num_microbatches,
+            run,
+            hello,
+            IntegerBlock.pack(integers),
+            versions.vectors,
+            self._outbox.put,
+        )
+        self._hub = Hub(self._sum, versions, threads=threads)
+        threading.Thread(target=self._carry, name=f"relay-{server}", daemon=True).start()
+
+    @property
+    def address(self) -> Address:
+        """Where the node's workers connect."""
+        return self._hub.address
+
+    def _carry(self) -> None:
+        """Step after step: what is summed goes to the server, what it commits comes back."""
+        try:
+            while self._send_step():
+                version = self._sum.version + 1
+                commit = self._transport.wait(self._server, version, self._timeout_s)
+                values, integers = self._transport.fetch(self._server, version, self._timeout_s)
+                self._hub.call(lambda: self._sum.arrive(commit, values, integers)).result()  # noqa: B023
+        except BaseException as error:  # nobody else would hear of it
+            self._hub.fail(error)
+
+    def _send_step(self) -> bool:
+        """Send a whole step, in the order in which slices become whole; False once this is closed."""
+        left = self._sum.pushes
+        while left:
+            waiting: list[Push] = []
+            while not waiting or (len(waiting) < left and not self._outbox.empty()):
+                push = self._outbox.get()
+                if push is None:
+                    return False
+                waiting.append(push)
+            left -= len(waiting)
+            for push in _joined(waiting):
+                self._transport.push(self._server, push)
+        return True
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._outbox.put(None)
+        self._hub.close()
+
+
+def _joined(pushes: Sequence[Push]) -> list[Push]:
+    """The same contributions in fewer messages: slices of one tree node go together, up to a size."""
+    joined: list[Push] = []
+    for node in dict.fromkeys(push.node for push in pushes):
+        slices: dict[int, Tensor] = {}
+        for push in (push for push in pushes if push.node == node):
+            if slices and _elements(slices) + _elements(push.slices) > _MESSAGE_ELEMENTS:
+                joined.append(replace(push, slices=slices))
+                slices = {}
+            slices = {**slices, **push.slices}
+        joined.append(replace(push, slices=slices))
+    return joined
+
+
+def _elements(slices: Mapping[int, Tensor]) -> int:
+    return sum(values.numel() for values in slices.values())
