@@ -1,7 +1,6 @@
 """Transport between a worker actor and server actors: Ray calls, tensors as zero-copy NumPy arrays in its store."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
@@ -27,12 +26,12 @@ class WirePush(NamedTuple):
 def to_wire(push: Push) -> WirePush:
     """The push for the way; its memory is copied when Ray takes it."""
     slices = {index: value.numpy() for index, value in push.slices.items()}
-    return WirePush(replace(push, slices={}, integers=IntegerBlock.pack(push.integers)), slices)
+    return WirePush(push._replace(slices={}, integers=IntegerBlock.pack(push.integers)), slices)
 
 
 def from_wire(wire: WirePush) -> Push:
     """The push with tensors that share the arrays' read-only memory: nobody may write them."""
-    return replace(wire.push, slices={index: torch.from_numpy(value) for index, value in wire.slices.items()})
+    return wire.push._replace(slices={index: torch.from_numpy(value) for index, value in wire.slices.items()})
 
 
 class RayTransport:

@@ -16,8 +16,9 @@ from paramserver.client import Client
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.transport.channel import Address
 from workers.ddp import wrap_plainly
+from workers.device import tune_cpu_process
 from workers.param_server import ParamServerBackend
-from workers.process_group import join_gloo, leave
+from workers.process_group import join_gloo, leave, meet
 from workers.replica import Replica, describe_model
 from workers.rounds import BlockModel, Filling, backend_round, ddp_round, fill_round, plain_round, timed
 from workers.seeding import seeded
@@ -60,6 +61,7 @@ class RoundWorker:
     def __init__(self, config: RoundConfig, index: int) -> None:
         prepare_process()
         torch.set_num_threads(1)
+        tune_cpu_process()
         self._config = config
         self._index = index
         model = build_round_model(config)
@@ -81,7 +83,7 @@ class RoundWorker:
         run = range(self._index, self._index + 1)
         backend = ParamServerBackend(self._replica, client, run, config.workers)
         self._fill = fill_round(self._ours, backend, self._index)
-        self._backend_round = backend_round(self._ours, backend, self._index)
+        self._backend_round = backend_round(self._ours, backend, self._index, meet)
         join_gloo(self._index, config.workers, port, _TIMEOUT_S)
         self._ddp_round = ddp_round(self._other, wrap_plainly(self._other), config.optimizer)
         return getattr(self._transport, "arena_bytes", 0)
@@ -95,7 +97,7 @@ class RoundWorker:
         return timed(self._fill, rounds)
 
     def ours(self, rounds: int) -> list[float]:
-        """Milliseconds of push, sum, update and pull, backward included."""
+        """Milliseconds of push, sum, update and pull."""
         return timed(self._backend_round, rounds)
 
     def ddp(self, rounds: int) -> list[float]:

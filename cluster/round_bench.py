@@ -26,13 +26,14 @@ class RoundTimes:
     """Milliseconds of each measured round, without the backward that fills the gradients."""
 
     ours: list[float]
+    """From the push of gradients that lie in the workers' arenas until every parameter is pulled."""
     ddp: list[float]
     ray_example: list[float]
     limit: list[float]
     backward: list[float]
     """Handing the gradients out: its median is taken off the others."""
     fill: list[float]
-    """The same, which leaves them in the worker's arena: its median is taken off ours."""
+    """The same, which leaves them in the worker's arena; ``ours`` begins after it."""
     parameter_bytes: int
     arena_bytes: int
     """Shared memory of the node."""
@@ -78,8 +79,8 @@ def measure_rounds(config: RoundConfig) -> RoundTimes:
     finally:
         for actor in actors:
             ray.kill(actor)
-    own = {name: statistics.median(found[name]) for name in ("backward", "fill")}
-    off = {"ours": own["fill"], "ddp": own["backward"], "ray_example": own["backward"]}
+    backward = statistics.median(found["backward"])
+    off = {"ddp": backward, "ray_example": backward}
     return RoundTimes(
         **{name: [value - off.get(name, 0.0) for value in values] for name, values in found.items()},
         parameter_bytes=4 * sum(p.numel() for p in model.parameters()),

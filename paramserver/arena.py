@@ -76,6 +76,10 @@ class Arena:
             raise ValueError(f"bytes {offset} to {end} are not in an arena of {self.num_bytes}")
         return self._bytes[offset:end].view(dtype)
 
+    def words(self, count: int) -> "memoryview[int]":
+        """The first ``count`` 64-bit integers; quicker to read and write one by one than a tensor's."""
+        return memoryview(self._map)[: 8 * count].cast("q")
+
     def close(self) -> None:
         """Give the descriptor back; the mapping goes with the last tensor on it."""
         if self.descriptor >= 0:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -74,7 +73,7 @@ class Client:
         ]
         stages = commits[0].server_ms
         busy = {stage: sum(commit.server_ms.get(stage, 0.0) for commit in commits) for stage in stages}
-        return replace(commits[0], server_ms=busy)
+        return commits[0]._replace(server_ms=busy)
 
     def pull(self, version: int, out: Tensor) -> Mapping[str, Tensor]:
         """Copy ``version`` into the flat (length,) fp32 vector ``out``; gives the integer buffers back."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from paramserver.state import SliceSnapshot
 
 __all__ = ["CHUNK", "HeldSlice", "non_finite_gradient"]
 
-CHUNK = 65536
-"""Elements that go through sum, division and update before the next ones do: 256 KiB, which stay in cache."""
-
-_PART = 4
-"""Chunks in a part of a slice, what one thread takes at a time: small enough to share out evenly."""
+CHUNK = 1 << 18
+"""Elements that go through sum, division and update before the next ones do: 1 MiB. Smaller ones fit nearer caches, but
+threads then fight for the interpreter between operations."""
 
 
 class HeldSlice:
@@ -53,8 +51,8 @@ class HeldSlice:
             build_slice_optimizer(pair, config, factor)
             for pair in (zip(*self._chunks, strict=True) if piece.group != BUFFERS else ())
         ]
-        self.parts = range(-(-len(self._ranges) // _PART))
-        """Pieces that may be updated by different threads."""
+        self.parts = range(len(self._ranges))
+        """Chunks, which may be updated by different threads."""
         self._done: set[int] = set()
         self._sum = contributions
         self._mean: Tensor | None = None
@@ -82,8 +80,8 @@ class HeldSlice:
         """Rows of a ``Report``; keeps the mean gradient for ``update``."""
         begin = time.perf_counter()
         mean = self._mean = torch.empty(self.piece.numel)
-        for (lo, hi), part in zip(self._ranges, self._means(self._ranges, divisor, scratch), strict=True):
-            mean[lo:hi] = part
+        for lo, hi in self._ranges:
+            mean[lo:hi] = self._mean_of(lo, hi, divisor, scratch)
         rows = [
             (key.offset, self.piece.start + first, key.name, _squared_norm(mean[first:last]))
             for key, first, last in self._keys
@@ -91,27 +89,25 @@ class HeldSlice:
         scratch.busy["aggregate"] += time.perf_counter() - begin
         return rows
 
-    def _means(self, ranges: Sequence[tuple[int, int]], divisor: Tensor, scratch: Scratch) -> Iterator[Tensor]:
-        """Root of the tree / total weight, chunk by chunk, in scratch memory that the next chunk uses again."""
+    def _mean_of(self, lo: int, hi: int, divisor: Tensor, scratch: Scratch) -> Tensor:
+        """Root of the tree / total weight for one chunk, in scratch memory that the next chunk uses again."""
         held, additions = self._sum.plan()
-        first = len(held)
-        for lo, hi in ranges:
-            numel = hi - lo
-            registers = [vector[lo:hi] for vector in held]
-            for left, right, target in additions:
-                out = scratch.take(target - first, numel)
-                torch.add(registers[left], registers[right], out=out)
-                if target < len(registers):
-                    registers[target] = out
-                else:
-                    registers.append(out)
-            total = registers[additions[-1].target if additions else 0]
-            yield torch.div(total, divisor, out=scratch.take(0, numel))
+        first, numel = len(held), hi - lo
+        registers = [vector[lo:hi] for vector in held]
+        for left, right, target in additions:
+            out = scratch.take(target - first, numel)
+            torch.add(registers[left], registers[right], out=out)
+            if target < len(registers):
+                registers[target] = out
+            else:
+                registers.append(out)
+        total = registers[additions[-1].target if additions else 0]
+        return torch.div(total, divisor, out=scratch.take(0, numel))
 
     def update(
         self, part: int, version: int, divisor: Tensor, lr: float, scratch: Scratch, scale: float | None = None
     ) -> None:
-        """Write version ``version + 1`` of one of ``parts``, chunk by chunk while the chunk is in cache.
+        """Write version ``version + 1`` of one of ``parts``, while it is in cache.
 
         Args:
             part: which.
@@ -125,25 +121,20 @@ class HeldSlice:
             NonFiniteGradient: naming the key, where there was no vote.
         """
         old, new = self._chunks[version % 2], self._chunks[(version + 1) % 2]
-        chunks = range(part * _PART, min((part + 1) * _PART, len(self._ranges)))
-        ranges = self._ranges[chunks.start : chunks.stop]
-        kept = self._mean
-        means = self._means(ranges, divisor, scratch) if kept is None else (kept[lo:hi] for lo, hi in ranges)
-        busy = scratch.busy
+        lo, hi = self._ranges[part]
         begin = time.perf_counter()
-        for index, (lo, hi), mean in zip(chunks, ranges, means, strict=True):
-            summed = time.perf_counter()
-            if self.piece.group == BUFFERS:
-                torch.add(old[index], mean, out=new[index])
-            else:
-                if scale is None:
-                    self._refuse_non_finite(mean, lo, hi, version + 1)
-                elif scale != 1.0:
-                    mean.mul_(scale)
-                self._optimizers[index].step(version, mean, lr)
-            busy["aggregate"] += summed - begin
-            begin = time.perf_counter()
-            busy["update"] += begin - summed
+        mean = self._mean_of(lo, hi, divisor, scratch) if self._mean is None else self._mean[lo:hi]
+        summed = time.perf_counter()
+        if self.piece.group == BUFFERS:
+            torch.add(old[part], mean, out=new[part])
+        else:
+            if scale is None:
+                self._refuse_non_finite(mean, lo, hi, version + 1)
+            elif scale != 1.0:
+                mean.mul_(scale)
+            self._optimizers[part].step(version, mean, lr)
+        scratch.busy["aggregate"] += summed - begin
+        scratch.busy["update"] += time.perf_counter() - summed
         self._done.add(part)
 
     def skip(self, version: int) -> None:

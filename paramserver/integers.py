@@ -1,5 +1,6 @@
 """Integer and boolean buffers in one block of bytes: a step copies, compares and sends them all at once."""
 
+import ctypes
 import math
 import pickle
 from collections.abc import Iterator, Mapping
@@ -31,14 +32,15 @@ class IntegerBlock(Mapping[str, Tensor]):
     """A mapping of buffers by key whose tensors are views of one block.
 
     Args:
-        layout: of another block, or ``describe``d.
-        data: (bytes,) uint8, on the device where the buffers are used.
+        layout: of another block.
+        content: (bytes,) uint8, on the device where the buffers are used; or bytes, of which a tensor is made only if
+            somebody looks at a buffer. A step sends and compares blocks without a tensor being made.
     """
 
-    def __init__(self, layout: bytes, data: Tensor) -> None:
+    def __init__(self, layout: bytes, content: Tensor | bytes) -> None:
         self.layout = layout
         """What two blocks have in common that hold the same keys: bytes, so that it is compared and sent at once."""
-        self.data = data
+        self._content = content
 
     @classmethod
     def pack(cls, buffers: Mapping[str, Tensor], device: torch.device | None = None) -> "IntegerBlock":
@@ -55,16 +57,38 @@ class IntegerBlock(Mapping[str, Tensor]):
             block[name].copy_(value)
         return block
 
-    @classmethod
-    def _received(cls, layout: bytes, data: bytes) -> "IntegerBlock":
-        return cls(layout, torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte())
+    @property
+    def data(self) -> Tensor:
+        """All buffers as (bytes,) uint8; not to be written in a block that was sent or snapped."""
+        if isinstance(self._content, bytes):
+            self._content = torch.frombuffer(bytearray(self._content or b"\0"), dtype=torch.uint8)[: len(self._content)]
+        return self._content
+
+    def to_bytes(self) -> bytes:
+        """A copy of all buffers."""
+        if isinstance(self._content, bytes):
+            return self._content
+        host = self._content.cpu() if self._content.is_cuda else self._content
+        return ctypes.string_at(host.data_ptr(), host.numel())
+
+    def snap(self) -> "IntegerBlock":
+        """The buffers as they are now, on the CPU."""
+        return IntegerBlock(self.layout, self.to_bytes())
+
+    def assign(self, other: Mapping[str, Tensor]) -> None:
+        """Copy the buffers of ``other`` into this block's."""
+        if isinstance(other, IntegerBlock) and other.layout == self.layout and not self.data.is_cuda:
+            ctypes.memmove(self.data.data_ptr(), other.to_bytes(), self.data.numel())
+            return
+        for name, value in other.items():
+            self[name].copy_(value)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return IntegerBlock._received, (self.layout, self.data.numpy(force=True).tobytes())
+        return IntegerBlock, (self.layout, self.to_bytes())
 
     def same(self, other: Mapping[str, Tensor]) -> bool:
         """Whether ``other`` is a block of the same keys and the same bytes."""
-        return isinstance(other, IntegerBlock) and other.layout == self.layout and torch.equal(other.data, self.data)
+        return isinstance(other, IntegerBlock) and other.layout == self.layout and other.to_bytes() == self.to_bytes()
 
     def updated(self, other: Mapping[str, Tensor]) -> "IntegerBlock":
         """These buffers, those of ``other`` in place of the ones it has; not copied where it has them all."""

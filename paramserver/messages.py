@@ -1,7 +1,6 @@
 """What goes between a worker and a server."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -11,6 +10,12 @@ from paramserver.partition import Slice
 from paramserver.reduction import Node
 
 __all__ = ["Commit", "Decision", "FlatSlices", "Hello", "MicrobatchStats", "Push", "Report"]
+
+
+# A step makes and sends many of these messages: named tuples cost a fifth of frozen data classes.
+
+_NO_INTEGERS: Mapping[str, Tensor] = {}
+_NO_TIMES: Mapping[str, float] = {}
 
 
 class MicrobatchStats(NamedTuple):
@@ -50,8 +55,7 @@ class FlatSlices(Mapping[int, Tensor]):
         return len(self.pieces)
 
 
-@dataclass(frozen=True)
-class Push:
+class Push(NamedTuple):
     """A contribution to one step: the sums over one tree node, for slices of one server."""
 
     run: str
@@ -68,7 +72,7 @@ class Push:
     """(n,) fp32 by slice index: summed gradients, and for buffers samples x (after - pulled). Not modified."""
     stats: tuple[MicrobatchStats, ...]
     """One row for each microbatch of the node."""
-    integers: Mapping[str, Tensor] = field(default_factory=dict)
+    integers: Mapping[str, Tensor] = _NO_INTEGERS
     """Integer and boolean buffers after a microbatch; all microbatches must agree. Empty if all were empty."""
 
 
@@ -93,8 +97,7 @@ class Decision(NamedTuple):
     """First key with a non-finite gradient."""
 
 
-@dataclass(frozen=True)
-class Commit:
+class Commit(NamedTuple):
     """Word that a server's slices all have version ``version``."""
 
     version: int
@@ -106,7 +109,7 @@ class Commit:
     """Whether the step was dropped."""
     grad_norm: float | None = None
     """l2 norm before clipping, where it was computed."""
-    server_ms: Mapping[str, float] = field(default_factory=dict)
+    server_ms: Mapping[str, float] = _NO_TIMES
     """Busy time of this server by stage."""
     last_worker: int | None = None
     """Whose contribution came last."""

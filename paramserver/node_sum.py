@@ -8,7 +8,6 @@ is whole; what comes back is written once, for all workers of the node.
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -196,7 +195,7 @@ class NodeSum:
         self.version = commit.version
         self._open_step()
         here = {stage: 1e3 * sum(thread.get(stage, 0.0) for thread in busy) for stage in commit.server_ms}
-        return replace(commit, server_ms={name: value + here[name] for name, value in commit.server_ms.items()})
+        return commit._replace(server_ms={name: value + here[name] for name, value in commit.server_ms.items()})
 
     def integers(self, version: int) -> IntegerBlock:
         """Integer and boolean buffers at the committed version."""

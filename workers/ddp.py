@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -155,7 +154,7 @@ class DdpBackend:
         self._synchronised = False
         self._stats.clear()
         self._integers = {}
-        return replace(commit, stop=self._stop)
+        return commit._replace(stop=self._stop)
 
     def _join_with_zeros(self) -> None:
         self._hook.zero = True

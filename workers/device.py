@@ -1,5 +1,6 @@
 """Making a process compute as one device of the run, the same way on every backend."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -9,7 +10,7 @@ import torch
 from paramserver.errors import ConfigError
 from workers.config import WorkerConfig
 
-__all__ = ["cpu_model", "device_kind", "setup_device"]
+__all__ = ["cpu_model", "device_kind", "setup_device", "tune_cpu_process"]
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # as malloc.h has them
 
@@ -22,7 +23,7 @@ def setup_device(config: WorkerConfig) -> torch.device:
     """
     torch.set_num_threads(config.threads)
     if config.device == "cpu":
-        _keep_freed_memory()
+        tune_cpu_process()
         return torch.device("cpu")
     if config.device_index >= torch.cuda.device_count():
         raise ConfigError(
@@ -36,8 +37,14 @@ def setup_device(config: WorkerConfig) -> torch.device:
     return device
 
 
+def tune_cpu_process() -> None:
+    """What a process that computes on CPU cores wants of the system, on every backend and in the baseline."""
+    _keep_freed_memory()
+    _let_others_go_first()
+
+
 def _keep_freed_memory() -> None:
-    """Let malloc keep what a step frees for the next one, on every backend and in the baseline.
+    """Let malloc keep what a step frees for the next one.
 
     By default glibc gives large blocks back to the system at once, and the next step pays for a page fault every
     4 KiB: a tenth of FCN's step on one core, and more where several processes wait for the kernel.
@@ -49,6 +56,16 @@ def _keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 256 << 20)
     mallopt(_M_MMAP_MAX, 0)  # a threshold would be 32 MiB at most, and activations are larger
+
+
+def _let_others_go_first() -> None:
+    """Wake up without taking a core from whoever runs there.
+
+    A server that tells its workers of a commit would otherwise be put aside by the first of them, with the others still
+    waiting to be told (sched(7), SCHED_BATCH; the share of the processor stays the same).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not Linux, or not allowed
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def device_kind(config: WorkerConfig) -> dict[str, str | int | bool]:

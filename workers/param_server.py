@@ -49,6 +49,8 @@ class ParamServerBackend:
         """What the servers read of each maximal node."""
         self._pushed: set[Node] = set()
         self._stats: list[MicrobatchStats] = []
+        self._counted = False
+        """Whether the row of the microbatch under way stands in ``_stats``."""
         self._integers: Mapping[str, Tensor] = {}
         replica.load({}, client.constants)
 
@@ -71,15 +73,16 @@ class ParamServerBackend:
 
     def forwarded(self, stats: MicrobatchStats) -> None:
         """See ``Backend.forwarded``: from here on backward may push what it makes whole."""
+        self._sums.put_buffers(stats.samples)
+        self._count(stats)
         if self._ready is not None and self._node is not None:
-            self._sums.put_buffers(stats.samples)
-            self._count(stats)
             self._ready.begin()
 
     def _count(self, stats: MicrobatchStats) -> None:
         if stats.samples:
             self._integers = self._replica.agreed_integers(self._integers)
         self._stats.append(stats)
+        self._counted = True
 
     def _key_done(self, key: int) -> None:
         if self._ready is not None and self._ready.active:
@@ -103,8 +106,9 @@ class ParamServerBackend:
                 self._ready.end()
                 assert self._node is not None
                 self._pushed.add(self._node)
-        else:
+        elif not self._counted:  # no sample, or a device that is not waited for before backward
             self._count(stats)
+        self._counted = False
 
     def push(self, timer: PhaseTimer) -> None:
         """See ``Backend.push``."""

@@ -1,6 +1,7 @@
 """Joining and leaving torchrun's process group: one of the two files that import ``torch.distributed``."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,7 +10,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-__all__ = ["Rank", "join_gloo", "leave", "process_group", "torchrun_rank"]
+_MEETING_S = 3e-3
+"""Time for every rank to hear of the instant."""
+
+__all__ = ["Rank", "join_gloo", "leave", "meet", "process_group", "torchrun_rank"]
 
 
 class Rank(NamedTuple):
@@ -38,6 +42,14 @@ def join_gloo(rank: int, world_size: int, port: int, timeout_s: float) -> None:
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+
+
+def meet() -> float:
+    """Return once every rank has come here, at one instant on this machine's clock, in seconds, which it gives."""
+    instant = torch.tensor(time.perf_counter() + _MEETING_S, dtype=torch.float64)
+    dist.all_reduce(instant, dist.ReduceOp.MAX)
+    time.sleep(max(0.0, float(instant) - time.perf_counter()))
+    return float(instant)
 
 
 def leave() -> None:

@@ -134,11 +134,8 @@ class Replica:
 
         The model sees them from the next ``reset_buffers`` on.
         """
-        if isinstance(integers, IntegerBlock) and integers.layout == self._pulled_integers.layout:
-            self._pulled_integers.data.copy_(integers.data)
-        else:
-            for name, value in integers.items():
-                self._pulled_integers[name].copy_(value)
+        if integers:
+            self._pulled_integers.assign(integers)
         for name, value in (constants or {}).items():
             with torch.no_grad():
                 self._constants[name].copy_(value)
@@ -193,7 +190,7 @@ class Replica:
 
     def integers(self) -> IntegerBlock:
         """Copies of the integer and boolean buffers as the last microbatch left them, on the CPU."""
-        return IntegerBlock.pack(self._integers, torch.device("cpu"))
+        return self._integers.snap()
 
     def agreed_integers(self, known: Mapping[str, Tensor]) -> IntegerBlock:
         """As ``integers``, which must be ``known``: those after another microbatch of the step, or empty.

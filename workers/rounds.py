@@ -65,13 +65,13 @@ class Filling(nn.Module):
         return result
 
 
-def timed(function: Callable[[], object], rounds: int) -> list[float]:
-    """Milliseconds of each of ``rounds`` calls, after one that does not count."""
+def timed(function: Callable[[], float | None], rounds: int) -> list[float]:
+    """Milliseconds of each of ``rounds`` calls, after one that does not count; or those that the calls give."""
     found = []
     for _ in range(rounds + 1):
         begin = time.perf_counter()
-        function()
-        found.append(1e3 * (time.perf_counter() - begin))
+        own = function()
+        found.append(1e3 * (time.perf_counter() - begin) if own is None else own)
     return found[1:]
 
 
@@ -95,17 +95,31 @@ def fill_round(filling: Filling, backend: Backend, microbatch: int) -> Callable[
     return one
 
 
-def backend_round(filling: Filling, backend: Backend, microbatch: int) -> Callable[[], None]:
-    """Pull, backward, push, and the wait for the next version, as a worker's step has them."""
-    timer = PhaseTimer()
+def backend_round(
+    filling: Filling, backend: Backend, microbatch: int, meet: Callable[[], float]
+) -> Callable[[], float]:
+    """A worker's step; gives the milliseconds from its push until the next version is pulled.
 
-    def one() -> None:
-        backend.pull(timer)
+    Pushing begins when all workers have their gradients where a push takes them from, and nobody goes on to the next
+    backward before all have pulled: ``meet`` returns at one instant for all, once all have come, and gives it.
+    """
+    timer = PhaseTimer()
+    stats = MicrobatchStats(microbatch, 0.0, 1.0, 1)
+    backend.pull(timer)
+
+    def one() -> float:
         with backend.microbatch(microbatch, last=True):
-            filling().backward()
-        backend.contribute(MicrobatchStats(microbatch, 0.0, 1.0, 1), timer)
+            loss = filling()
+            backend.forwarded(stats)
+            loss.backward()
+        begin = meet()
+        backend.contribute(stats, timer)
         backend.push(timer)
         backend.wait(timer)
+        backend.pull(timer)
+        end = time.perf_counter()
+        meet()
+        return 1e3 * (end - begin)
 
     return one
 

@@ -1,7 +1,6 @@
 """Backend of ``single``: the same reduction and optimizer on the same layout, in one process, without Ray."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from paramserver.client import Client
 from paramserver.messages import Commit
@@ -41,7 +40,7 @@ class SingleBackend(ParamServerBackend):
 
     def wait(self, timer: PhaseTimer) -> Commit:
         """See ``Backend.wait``."""
-        return replace(super().wait(timer), stop=self._stop_requested())
+        return super().wait(timer)._replace(stop=self._stop_requested())
 
     def state(self) -> State:
         """A copy of everything at the committed version."""

@@ -8,7 +8,6 @@ unpickled.
 import contextlib
 import hmac
 import os
-import pickle
 import secrets
 import select
 import socket
@@ -17,7 +16,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Address", "Channel", "connect", "dump", "listen"]
+from paramserver.transport.wire import decode, encode
+
+__all__ = ["Address", "Channel", "connect", "listen"]
 
 _HEADER = struct.Struct("<QB")
 """Length of the pickle, and how many descriptors come with it."""
@@ -58,7 +59,7 @@ def connect(address: Address, timeout_s: float) -> "Channel":
 
 
 class Channel:
-    """One side of a connection; each message is one pickle. For one thread at a time.
+    """One side of a connection; each message is one of ``wire``. For one thread at a time.
 
     The socket never blocks: a message may come in pieces, at any pace, and no peer can hold its other side up longer
     than that one's own deadline.
@@ -97,14 +98,14 @@ class Channel:
         Raises:
             OSError: if the peer is gone, or does not read for 30 s.
         """
-        self.post(dump(message), descriptors)
+        self.post(encode(message), descriptors)
         while self.pending:
             if not _poll_for(self._socket, select.POLLOUT, _SEND_S):
                 raise TimeoutError("the peer does not read")
             self.flush()
 
     def post(self, payload: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Send as much as goes at once of a message that ``dump`` made; ``flush`` sends what is ``pending`` then.
+        """Send as much as goes at once of a message that ``encode`` made; ``flush`` sends what is ``pending`` then.
 
         Raises:
             OSError: if the peer is gone.
@@ -179,7 +180,7 @@ class Channel:
         end = _HEADER.size + length
         if len(self._input) < end:
             return None
-        message = pickle.loads(memoryview(self._input)[_HEADER.size : end])
+        message = decode(bytes(memoryview(self._input)[_HEADER.size : end]))
         del self._input[:end]
         descriptors, self._descriptors = self._descriptors[:count], self._descriptors[count:]
         return message, descriptors
@@ -187,11 +188,6 @@ class Channel:
     def close(self) -> None:
         """Close this side."""
         self._socket.close()
-
-
-def dump(message: Any) -> bytes:
-    """What ``post`` sends."""
-    return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def _poll_for(peer: socket.socket, event: int, timeout_s: float) -> bool:

@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from paramserver.arena import Arena
@@ -23,7 +24,7 @@ from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Decision, FlatSlices, Hello, Push, Report
 from paramserver.partition import Partition, Slice
 from paramserver.scratch import Scratch
-from paramserver.transport.channel import Address, Channel, dump, listen
+from paramserver.transport.channel import Address, Channel, listen
 from paramserver.transport.versions import VersionsArena
 from paramserver.transport.wire import (
     Arrival,
@@ -35,6 +36,7 @@ from paramserver.transport.wire import (
     Place,
     VectorPlace,
     Welcome,
+    encode,
 )
 
 __all__ = ["Hub"]
@@ -215,15 +217,15 @@ class Hub:
 
     def _answer(self, peer: _Peer, message: object, descriptors: list[int]) -> None:
         if isinstance(message, AttachArena):
-            peer.arenas[message.index] = Arena.attach(descriptors[0])
-            peer.arenas[message.index].close()
+            peer.arenas[message.arena] = Arena.attach(descriptors[0])
+            peer.arenas[message.arena].close()
         elif isinstance(message, AskMissing):
-            self._tell(peer, dump(Missing(self._server.missing())))
+            self._tell(peer, encode(Missing(self._server.missing())))
         elif isinstance(message, Arrival):
             try:
                 self._server.push(_found(message, peer, self._pieces))
             except PushPullError as error:
-                self._tell(peer, dump(Failed(error)))
+                self._tell(peer, encode(Failed(error)))
 
     def _drop(self, peer: _Peer) -> None:
         # What it pushed stays: its arenas are mapped as long as somebody holds a tensor in them.
@@ -284,7 +286,7 @@ class Hub:
         self._wall = 0.0
         self.versions.commit(server.index, server.version)
         spent = 1e3 * (time.perf_counter() - begin)
-        self.last = replace(commit, server_ms={**commit.server_ms, "commit": spent}, stop=self.stop or commit.stop)
+        self.last = commit._replace(server_ms={**commit.server_ms, "commit": spent}, stop=self.stop or commit.stop)
         self._on_change(self.last)
         self._tell_all(Committed(self.last, server.integers(server.version)))
 
@@ -292,7 +294,7 @@ class Hub:
     """The commit of the current version, once one was made."""
 
     def _tell_all(self, message: object) -> None:
-        payload = dump(message)
+        payload = encode(message)
         for peer in list(self._peers.values()):
             self._tell(peer, payload)
 
@@ -323,10 +325,10 @@ def _found(message: Arrival, peer: _Peer, pieces: Sequence[Slice]) -> Push:
             slices = {index: peer.vectors[place][index] for index in message.slices.slices}
         else:
             slices = {index: _tensor(place, peer) for index, place in message.slices.items()}
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, AttributeError) as error:
         raise PartitionMismatch(f"push of worker {message.push.worker} names memory that it did not attach") from error
-    return replace(message.push, slices=slices)
+    return message.push._replace(slices=slices)
 
 
 def _tensor(place: Place, peer: _Peer) -> Tensor:
-    return peer.arenas[place.arena].tensor(place.offset, place.numel, place.dtype)
+    return peer.arenas[place.arena].tensor(place.offset, place.numel, getattr(torch, place.dtype))

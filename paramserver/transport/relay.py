@@ -3,7 +3,6 @@
 import queue
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -113,10 +112,10 @@ def _joined(pushes: Sequence[Push]) -> list[Push]:
         slices: dict[int, Tensor] = {}
         for push in (push for push in pushes if push.node == node):
             if slices and _elements(slices) + _elements(push.slices) > _MESSAGE_ELEMENTS:
-                joined.append(replace(push, slices=slices))
+                joined.append(push._replace(slices=slices))
                 slices = {}
             slices = {**slices, **push.slices}
-        joined.append(replace(push, slices=slices))
+        joined.append(push._replace(slices=slices))
     return joined
 
 

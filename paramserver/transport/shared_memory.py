@@ -6,10 +6,11 @@ that ``allocate`` gave out lie in an arena already; any other tensor is copied i
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from paramserver.arena import DEFAULT_ARENA_DIR, Arena
@@ -150,14 +151,14 @@ class SharedMemoryTransport:
         else:
             slices = {index: self._place(values, push.step) for index, values in push.slices.items()}
         integers = push.integers if isinstance(push.integers, IntegerBlock) else IntegerBlock.pack(push.integers)
-        self._tell(server, Arrival(replace(push, slices={}, integers=integers), slices))
+        self._tell(server, Arrival(push._replace(slices={}, integers=integers), slices))
 
     def _find(self, values: Tensor) -> Place | None:
         """Where a tensor lies, if it is in an arena."""
         address, size = values.data_ptr(), values.numel() * values.element_size()
         for index, start in enumerate(self._starts):
             if start <= address and address + size <= start + self._arenas[index].num_bytes:
-                return Place(index, address - start, values.numel(), values.dtype)
+                return Place(index, address - start, values.numel(), _name(values.dtype))
         return None
 
     def _place(self, values: Tensor, step: int) -> Place:
@@ -165,7 +166,7 @@ class SharedMemoryTransport:
             return place
         staging = self._stage(values.numel() * values.element_size(), step)
         staging.arena.tensor(0, values.numel(), values.dtype).copy_(values)
-        return Place(staging.index, 0, values.numel(), values.dtype)
+        return Place(staging.index, 0, values.numel(), _name(values.dtype))
 
     def _stage(self, num_bytes: int, step: int) -> _Staging:
         oldest = min(line.version for line in self._lines.values())
@@ -256,3 +257,7 @@ class SharedMemoryTransport:
         for line in self._lines.values():
             line.channel.close()
         self._lines.clear()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

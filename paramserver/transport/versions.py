@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import torch
-
 from paramserver.arena import DEFAULT_ARENA_DIR, Arena, round_to_pages
 from paramserver.partition import ELEMENT_BYTES, Partition
 from paramserver.transport.channel import Address, connect
@@ -26,7 +24,7 @@ class VersionsArena:
         self.identity = (stat.st_dev, stat.st_ino)
         """By which two processes see that they have mapped the same."""
         header, vector = _sizes(partition)
-        self._committed = arena.tensor(0, partition.num_servers, torch.int64)
+        self._committed = arena.words(partition.num_servers)
         self.vectors = (arena.tensor(header, partition.length), arena.tensor(header + vector, partition.length))
 
     @classmethod
@@ -37,7 +35,7 @@ class VersionsArena:
 
     def committed(self, server: int) -> int:
         """The version that a server wrote last and whole."""
-        return int(self._committed[server])
+        return self._committed[server]
 
     def commit(self, server: int, version: int) -> None:
         """Write the version number, after everything it stands for."""

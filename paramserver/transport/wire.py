@@ -1,15 +1,27 @@
 """What a worker and a hub of its machine tell each other; tensors stay where they are, in arenas."""
 
+import marshal
+import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, Hello, Push
+from paramserver.messages import Commit, Hello, MicrobatchStats, Push
+from paramserver.reduction import Node
 
-__all__ = ["Arrival", "AskMissing", "AttachArena", "Committed", "Failed", "Missing", "Place", "VectorPlace", "Welcome"]
+__all__ = [
+    "Arrival",
+    "AskMissing",
+    "AttachArena",
+    "Committed",
+    "Failed",
+    "Missing",
+    "Place",
+    "VectorPlace",
+    "Welcome",
+    "decode",
+    "encode",
+]
 
 
 class Place(NamedTuple):
@@ -20,7 +32,8 @@ class Place(NamedTuple):
     offset: int
     """In bytes."""
     numel: int
-    dtype: torch.dtype
+    dtype: str
+    """Its name in torch: to pickle a dtype itself, Python looks through all modules there are."""
 
 
 class VectorPlace(NamedTuple):
@@ -30,51 +43,93 @@ class VectorPlace(NamedTuple):
     slices: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class AttachArena:
-    """Worker to hub: the descriptor of arena ``index`` comes with this message."""
+class AttachArena(NamedTuple):
+    """Worker to hub: the descriptor of an arena comes with this message."""
 
-    index: int
+    arena: int
+    """Its index, by which the worker will name it."""
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """Worker to hub: a push, without its tensors."""
+class Arrival(NamedTuple):
+    """Worker to hub: a push without its slices; its integer buffers are a block."""
 
     push: Push
     slices: Mapping[int, Place] | VectorPlace
 
 
-@dataclass(frozen=True)
-class AskMissing:
+class AskMissing(NamedTuple):
     """Worker to hub: what is waited for? For the message of a time-out."""
 
 
-@dataclass(frozen=True)
-class Welcome:
+class Welcome(NamedTuple):
     """Hub to worker, first: what a transport's ``hello`` tells. The descriptor of the versions' arena comes with it."""
 
     hello: Hello
     integers: IntegerBlock
 
 
-@dataclass(frozen=True)
-class Committed:
+class Committed(NamedTuple):
     """Hub to all workers: a new version stands in the arena."""
 
     commit: Commit
     integers: IntegerBlock
 
 
-@dataclass(frozen=True)
-class Missing:
+class Missing(NamedTuple):
     """Hub to worker: microbatches that have not arrived."""
 
     microbatches: list[int]
 
 
-@dataclass(frozen=True)
-class Failed:
+class Failed(NamedTuple):
     """Hub to worker: an error to raise by the next call; a refused push concerns its sender alone."""
 
     error: BaseException
+
+
+# Messages of every step are marshalled as tuples of plain values: pickle looks each class up by its name, which in
+# caches that a backward has just swept takes longer than all the rest. Everything else is pickled.
+
+_ARRIVAL, _COMMITTED, _PICKLE = b"A", b"C", b"P"
+
+
+def encode(message: object) -> bytes:
+    """The message as bytes."""
+    if isinstance(message, Arrival):
+        push, slices = message.push, message.slices
+        assert isinstance(push.integers, IntegerBlock)
+        places: Any = (
+            (tuple(slices.place), slices.slices)
+            if isinstance(slices, VectorPlace)
+            else (None, tuple((index, *place) for index, place in slices.items()))
+        )
+        rows = tuple(tuple(row) for row in push.stats)
+        known = (push.run, push.step, push.generation, push.worker, *push.node)
+        integers = (push.integers.layout, push.integers.to_bytes())
+        return _ARRIVAL + marshal.dumps((known, rows, integers, places))
+    if isinstance(message, Committed):
+        commit = message.commit
+        rows = tuple(tuple(row) for row in commit.stats)
+        rest = (commit.version, commit.lr, commit.skipped, commit.grad_norm, commit.last_worker, commit.stop)
+        integers = (message.integers.layout, message.integers.to_bytes())
+        return _COMMITTED + marshal.dumps((rest, rows, tuple(commit.server_ms.items()), integers))
+    return _PICKLE + pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decode(data: bytes) -> object:
+    """The message that ``encode`` made bytes of; from a trusted peer alone."""
+    if data[:1] == _ARRIVAL:
+        (run, step, generation, worker, lo, hi), rows, (layout, content), (place, slices) = marshal.loads(data[1:])
+        stats = tuple(MicrobatchStats(*row) for row in rows)
+        integers = IntegerBlock(layout, content)
+        push = Push(run, step, generation, worker, Node(lo, hi), {}, stats, integers)
+        if place is None:
+            return Arrival(push, {index: Place(*where) for index, *where in slices})
+        return Arrival(push, VectorPlace(Place(*place), slices))
+    if data[:1] == _COMMITTED:
+        (version, lr, skipped, norm, last_worker, stop), rows, busy, (layout, content) = marshal.loads(data[1:])
+        stats = tuple(MicrobatchStats(*row) for row in rows)
+        commit = Commit(version, stats, lr, skipped, norm, dict(busy), last_worker, stop)
+        return Committed(commit, IntegerBlock(layout, content))
+    message: object = pickle.loads(data[1:])
+    return message
