@@ -3,8 +3,10 @@
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from launch.bench_compare import compare
 from launch.bench_config import BenchConfig
 from launch.bench_equality import check_equality
 from launch.bench_limits import explain
@@ -87,9 +89,12 @@ def _measure(
     ]
     cores = result.environment["cpu_cores"] if plan.simulated else None
     task = TaskResult(equality, rows)
-    task.limits.update(
-        {scaling: explain(task.rows_of(scaling), servers=config.servers, cores=cores) for scaling in config.scalings}
-    )
+    for scaling in config.scalings:
+        of_scaling = task.rows_of(scaling)
+        comparisons = compare(of_scaling)
+        task.comparisons.extend(asdict(comparison) for comparison in comparisons)
+        limits = explain(of_scaling, servers=config.servers, cores=cores)
+        task.limits[scaling] = [*limits, *(comparison.sentence for comparison in comparisons)]
     return task
 
 

@@ -143,6 +143,9 @@ class TaskResult:
     limits: dict[str, list[str]] = field(default_factory=dict)
     """For each kind of scaling, a sentence or more on what limits the speedup of each backend."""
 
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    """Fields of each ``bench_compare.Comparison``."""
+
     @property
     def failed(self) -> list[Equality]:
         """Checks that should have given the bits of ``single`` and did not."""
