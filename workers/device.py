@@ -12,7 +12,7 @@ from workers.config import WorkerConfig
 
 __all__ = ["cpu_model", "device_kind", "setup_device", "tune_cpu_process"]
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # as malloc.h has them
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # as malloc.h has them
 
 
 def setup_device(config: WorkerConfig) -> torch.device:
@@ -55,6 +55,7 @@ def _keep_freed_memory() -> None:
         return
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 256 << 20)
+    mallopt(_M_ARENA_MAX, 1)  # those of other threads give memory back whatever one says
     mallopt(_M_MMAP_MAX, 0)  # a threshold would be 32 MiB at most, and activations are larger
 
 
