@@ -123,7 +123,7 @@ class DdpBackend:
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
         """See ``Backend.contribute``: gradients stay where DDP sums them, only buffers are taken."""
         with timer.phase("reduce"):
-            leaf = torch.zeros_like(self._root) if self._replica.has_buffers else self._root
+            leaf = self._replica.new_buffer_part()
             if stats.samples and self._replica.has_buffers:
                 self._replica.take_buffer_changes(leaf, stats.samples)
             if stats.samples:
@@ -172,7 +172,7 @@ class DdpBackend:
         changes = torch.zeros(0)
         if self._replica.has_buffers:
             # float64 sums of two fp32 numbers, rounded once, are the fp32 sums: 53 >= 2 x 24 + 2 bits.
-            changes = self._replica.buffer_part(self._join_nodes()).cpu()
+            changes = self._join_nodes().cpu()
         models = self._replica.integer_buffers
         sizes = [value.numel() for value in models.values()]
         counted = [self._integers[name].reshape(-1) for name in models] if self._integers else []

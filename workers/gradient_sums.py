@@ -82,7 +82,7 @@ class GradientSums:
         # Zeros once: keys overwrite their places at every use, and the padding between them must stay zero.
         self.vectors = [allocate() if index < len(self.nodes) else self._private() for index in range(count)]
         self._views = [tuple(key.view(vector) for vector in self.vectors) for key, _ in replica.parameters]
-        self._buffers = self._private() if replica.has_buffers else None
+        self._buffers = replica.new_buffer_part() if replica.has_buffers else None
         self._open: Deposit | None = None
         self._on_key = on_key
         self._counted = False
@@ -125,7 +125,7 @@ class GradientSums:
         self._counted = True
         if samples:
             self._replica.take_buffer_changes(self._buffers, samples)
-        change = self._replica.buffer_part(self._buffers) if samples else None
+        change = self._buffers if samples else None
         self._put(self._open, [self._replica.buffer_part(vector) for vector in self.vectors], change)
 
     @staticmethod

@@ -165,11 +165,9 @@ class Replica:
                 parameter.grad = None
 
     @torch.no_grad()
-    def take_buffer_changes(self, out: Tensor, samples: int) -> None:
-        """Write samples x (after - pulled) into the buffers' part of ``out`` (length,)."""
-        if not self._buffers:
-            return
-        change, pulled = self.buffer_part(out), self.buffer_part(self.values)
+    def take_buffer_changes(self, change: Tensor, samples: int) -> None:
+        """Write samples x (after - pulled) into ``change``, which has the size of ``buffer_part``."""
+        pulled = self.buffer_part(self.values)
         torch.sub(self._private, pulled, out=change).mul_(samples)
         # An infinity that nobody touched: inf - inf is no number.
         change.masked_fill_(self._private == pulled, 0.0)
@@ -178,6 +176,10 @@ class Replica:
     def has_buffers(self) -> bool:
         """Whether the model has float buffers."""
         return bool(self._buffers)
+
+    def new_buffer_part(self) -> Tensor:
+        """Zeros of the size of ``buffer_part``."""
+        return torch.zeros_like(self._private)
 
     def buffer_part(self, flat: Tensor) -> Tensor:
         """The part of a flat (length,) vector where the float buffers lie: they come last."""

@@ -97,7 +97,7 @@ def test_buffers_are_summed_by_samples() -> None:
         sums.begin(index)
         _backward(replica, index)
         change = torch.zeros(replica.partition.length)
-        replica.take_buffer_changes(change, samples)
+        replica.take_buffer_changes(replica.buffer_part(change), samples)
         changes.append(replica.buffer_part(change))
         sums.end(index, samples)
     assert torch.equal(replica.buffer_part(sums.vectors[0]), changes[0] + changes[1])

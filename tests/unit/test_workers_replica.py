@@ -202,7 +202,7 @@ def test_every_microbatch_starts_from_the_pulled_buffers() -> None:
         _loss(replica.model)
         assert replica.integers()["norm.num_batches_tracked"] == 1
         out = torch.zeros(replica.partition.length)
-        replica.take_buffer_changes(out, 4)
+        replica.take_buffer_changes(replica.buffer_part(out), 4)
         changes.append(out)
     after = dict(replica.model.named_buffers())
     view = replica.partition.unflatten(changes[0])["norm.running_mean"]
