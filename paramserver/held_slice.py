@@ -91,18 +91,7 @@ class HeldSlice:
 
     def _mean_of(self, lo: int, hi: int, divisor: Tensor, scratch: Scratch) -> Tensor:
         """Root of the tree / total weight for one chunk, in scratch memory that the next chunk uses again."""
-        held, additions = self._sum.plan()
-        first, numel = len(held), hi - lo
-        registers = [vector[lo:hi] for vector in held]
-        for left, right, target in additions:
-            out = scratch.take(target - first, numel)
-            torch.add(registers[left], registers[right], out=out)
-            if target < len(registers):
-                registers[target] = out
-            else:
-                registers.append(out)
-        total = registers[additions[-1].target if additions else 0]
-        return torch.div(total, divisor, out=scratch.take(0, numel))
+        return torch.div(scratch.sum(self._sum, lo, hi), divisor, out=scratch.take(0, hi - lo))
 
     def update(
         self, part: int, version: int, divisor: Tensor, lr: float, scratch: Scratch, scale: float | None = None

@@ -22,8 +22,6 @@ from paramserver.scratch import Scratch
 
 __all__ = ["NodeSum"]
 
-_PART = 1 << 18
-"""Elements that one thread sums at a time: 1 MiB."""
 _NO_SLICE = -1
 
 
@@ -96,7 +94,7 @@ class NodeSum:
         self._arrived: tuple[Commit, IntegerBlock] | None = None
 
     def _parts(self, index: int) -> range:
-        return range(-(-self._pieces[index].numel // _PART))
+        return range(-(-self._pieces[index].numel // CHUNK))
 
     def new_scratch(self) -> Scratch:
         """What a thread needs that calls ``update_part``."""
@@ -128,30 +126,15 @@ class NodeSum:
     def update_part(self, index: int, part: int, scratch: Scratch) -> None:
         """Sum one part over this node's workers; the last part of a slice sends the slice on."""
         begin = time.perf_counter()
-        numel = self._pieces[index].numel
-        span = range(part * _PART, min((part + 1) * _PART, numel))
+        lo, hi = part * CHUNK, min((part + 1) * CHUNK, self._pieces[index].numel)
         for node in self._nodes:
-            self._sum(self._sums[index], node, self._results[index][node], span, scratch)
+            scratch.sum(self._sums[index], lo, hi, node, self._results[index][node][lo:hi])
         scratch.busy["aggregate"] += time.perf_counter() - begin
         with self._lock:
             self._parts_left[index] -= 1
             last = not self._parts_left[index]
         if last:
             self._send({node: {index: self._whole(index, node)} for node in self._nodes})
-
-    @staticmethod
-    def _sum(held: TreeSum[Tensor], node: Node, result: Tensor, span: range, scratch: Scratch) -> None:
-        vectors, additions = held.plan(node)
-        if not additions:  # one worker's contribution is all there is: it goes on as it lies
-            return
-        first, final = len(vectors), additions[-1].target
-        for lo in range(span.start, span.stop, CHUNK):
-            hi = min(lo + CHUNK, span.stop)
-            registers = dict(enumerate(vector[lo:hi] for vector in vectors))
-            for step, (left, right, target) in enumerate(additions):
-                whole = target == final and step == len(additions) - 1
-                out = result[lo:hi] if whole else scratch.take(target - first, hi - lo)
-                registers[target] = torch.add(registers[left], registers[right], out=out)
 
     def _whole(self, index: int, node: Node) -> Tensor:
         vectors, additions = self._sums[index].plan(node)

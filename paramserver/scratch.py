@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from paramserver.reduction import Node, TreeSum
+
 __all__ = ["Scratch"]
 
 
@@ -31,3 +33,20 @@ class Scratch:
             self._vectors.append(torch.empty(self._size))
         vector = self._vectors[index]
         return vector if numel == self._size else vector[:numel]
+
+    def sum(
+        self, held: TreeSum[Tensor], lo: int, hi: int, node: Node | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Elements ``lo`` to ``hi`` of the sum over ``node`` (None: the root) of what is held.
+
+        It stands in ``out``, or in this object's memory if that is None; where nothing has to be added, it is the held
+        vector's own.
+        """
+        vectors, additions = held.plan(node)
+        registers = dict(enumerate(vector[lo:hi] for vector in vectors))
+        target = 0
+        for step, (left, right, target) in enumerate(additions, start=1):
+            whole = out is not None and step == len(additions)
+            into = out if whole else self.take(target - len(vectors), hi - lo)
+            registers[target] = torch.add(registers[left], registers[right], out=into)
+        return registers[target]
