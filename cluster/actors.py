@@ -141,8 +141,14 @@ class ServerActor:
         )
         self._state = None  # copied: its memory in the object store is not needed any more
         self._server = server
-        vote = self._ask_vote if len(self._peers) > 1 else self._decide_alone
-        self._hub = Hub(server, versions, threads=self._threads, vote=vote, on_change=self._changed)
+        ask = self._ask_vote if len(self._peers) > 1 else self._decide_alone
+        self._hub = Hub(
+            server,
+            versions,
+            threads=self._threads,
+            before_update=lambda: server.vote(ask),
+            on_change=self._changed,
+        )
         return self._hub.address
 
     def _changed(self, commit: Commit | None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paramserver.held_slice import CHUNK
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, Decision, Hello, Push, Report
+from paramserver.messages import Commit, Hello, Push
 from paramserver.open_step import OpenStep
 from paramserver.partition import Partition
 from paramserver.reduction import Node, TreeSum, maximal_nodes
@@ -40,10 +40,6 @@ class NodeSum:
         forward: called with each push that is to go on, by the threads that sum; its tensors stay as they are until
             ``arrive``.
     """
-
-    undecided = False
-    """Votes are taken where the servers are."""
-    ready = False
 
     def __init__(
         self,
@@ -184,11 +180,3 @@ class NodeSum:
         """Integer and boolean buffers at the committed version."""
         assert version == self.version
         return self._integers
-
-    def report(self) -> Report:
-        """Never asked for; see ``undecided``."""
-        raise AssertionError
-
-    def decide(self, decision: Decision) -> None:
-        """Never asked for; see ``undecided``."""
-        raise AssertionError

@@ -7,7 +7,7 @@ visible by writing the version number, last.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -163,6 +163,11 @@ class Server:
         return Report(self.index, tuple(rows))
 
     # -- stage 7, update ---------------------------------------------------------------------------------------------
+
+    def vote(self, ask: Callable[[Report], Decision]) -> None:
+        """Take the vote, if it is due: ``ask`` gives all servers' decision for this server's report."""
+        if self.undecided and self.ready:
+            self.decide(ask(self.report()))
 
     def decide(self, decision: Decision) -> None:
         """Take the vote's result; from now on slices may be updated.

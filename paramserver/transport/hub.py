@@ -21,7 +21,7 @@ from torch import Tensor
 from paramserver.arena import Arena
 from paramserver.errors import PartitionMismatch, PushPullError
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, Decision, FlatSlices, Hello, Push, Report
+from paramserver.messages import Commit, FlatSlices, Hello, Push
 from paramserver.partition import Partition, Slice
 from paramserver.scratch import Scratch
 from paramserver.transport.channel import Address, Channel, listen
@@ -52,16 +52,10 @@ class Served(Protocol):
     version: int
 
     @property
-    def undecided(self) -> bool: ...
-    @property
-    def ready(self) -> bool: ...
-    @property
     def updated(self) -> bool: ...
     def hello(self) -> Hello: ...
     def push(self, push: Push) -> None: ...
     def missing(self) -> list[int]: ...
-    def report(self) -> Report: ...
-    def decide(self, decision: Decision) -> None: ...
     def ready_parts(self) -> list[tuple[int, int]]: ...
     def update_part(self, index: int, part: int, scratch: Scratch) -> None: ...
     def new_scratch(self) -> Scratch: ...
@@ -88,7 +82,7 @@ class Hub:
             ``versions``.
         versions: the arena that workers map.
         threads: how many threads sum and update.
-        vote: gives all servers' decision for this server's report.
+        before_update: called in the hub's thread before slices are updated, to take a vote that is due.
         on_change: called in the hub's thread after every commit, and with None after a failure.
     """
 
@@ -98,7 +92,7 @@ class Hub:
         versions: VersionsArena,
         *,
         threads: int = 1,
-        vote: Callable[[Report], Decision] | None = None,
+        before_update: Callable[[], None] = lambda: None,
         on_change: Callable[[Commit | None], None] = lambda _: None,
     ) -> None:
         self.failure: BaseException | None = None
@@ -107,7 +101,7 @@ class Hub:
         """Whether the version committed next is to be the run's last."""
         self._server = server
         self.versions = versions
-        self._vote = vote
+        self._before_update = before_update
         self._on_change = on_change
         self._pieces = server.partition.by_server[server.index]
         self._scratches = [server.new_scratch() for _ in range(threads)]
@@ -240,9 +234,7 @@ class Hub:
             return
         try:
             server = self._server
-            if server.undecided and server.ready:
-                assert self._vote is not None
-                server.decide(self._vote(server.report()))
+            self._before_update()
             if parts := server.ready_parts():
                 self._update(parts)
             if server.updated:

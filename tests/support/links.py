@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from paramserver.client import Client
@@ -143,7 +144,7 @@ class SharedMemoryLink(Link):
                 fleet.initial,
                 memory=versions.vectors,
             )
-            self._hubs.append(Hub(server, versions, threads=2, vote=ballot.cast))
+            self._hubs.append(Hub(server, versions, threads=2, before_update=partial(server.vote, ballot.cast)))
 
     def transport(self) -> Transport:
         """See ``Link.transport``."""

@@ -16,7 +16,6 @@ from paramserver.transport.channel import connect
 from paramserver.transport.hub import Hub
 from paramserver.transport.shared_memory import SharedMemoryTransport
 from paramserver.transport.versions import VersionsArena
-from paramserver.vote import decide
 from tests.support.servers import TIMEOUT_S, Fleet, rows_of
 
 
@@ -30,7 +29,7 @@ def fleet() -> Fleet:
 def hub(fleet: Fleet) -> Iterator[Hub]:
     versions = VersionsArena.create(fleet.partition)
     server = Server(0, fleet.partition, fleet.optimizer, 2, fleet.initial, memory=versions.vectors)
-    hub = Hub(server, versions, threads=3, vote=lambda report: decide([report], fleet.optimizer))
+    hub = Hub(server, versions, threads=3)
     yield hub
     hub.close()
 
