@@ -24,7 +24,7 @@ from paramserver.server import Server
 from paramserver.state import ServerSnapshot, State
 from paramserver.transport.channel import Address
 from paramserver.transport.hub import Hub
-from paramserver.transport.versions import VersionsArena, attach_versions
+from paramserver.transport.versions import share_versions
 from paramserver.vote import decide
 from workers.assembly import build_param_server_worker, build_parts
 from workers.config import WorkerConfig
@@ -124,11 +124,7 @@ class ServerActor:
         """
         self._peers = list(peers)
         self._loop = asyncio.get_running_loop()
-        versions = (
-            VersionsArena.create(self._partition, self._arena_dir)
-            if beside is None
-            else attach_versions(beside, self._partition)
-        )
+        versions = share_versions(beside, self._partition, self._arena_dir)
         assert self._state is not None
         server = Server(
             self._index,

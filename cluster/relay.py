@@ -11,7 +11,7 @@ from cluster.ray_transport import RayTransport
 from paramserver.partition import Partition
 from paramserver.transport.channel import Address
 from paramserver.transport.relay import Relay
-from paramserver.transport.versions import VersionsArena, attach_versions
+from paramserver.transport.versions import share_versions
 
 __all__ = ["RelayActor"]
 
@@ -55,11 +55,7 @@ class RelayActor:
         Returns:
             Where workers of this node connect, by server.
         """
-        versions = (
-            VersionsArena.create(self._partition, self._arena_dir)
-            if beside is None
-            else attach_versions(beside, self._partition)
-        )
+        versions = share_versions(beside, self._partition, self._arena_dir)
         self._relays = {
             server: Relay(
                 server,

@@ -1,17 +1,27 @@
 """The arena in which the servers of one machine keep both versions of the flat vector, for its workers to read."""
 
 import os
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
+from torch import Tensor
+
 from paramserver.arena import DEFAULT_ARENA_DIR, Arena, round_to_pages
-from paramserver.partition import ELEMENT_BYTES, Partition
+from paramserver.partition import ELEMENT_BYTES, Partition, Slice
 from paramserver.transport.channel import Address, connect
 
-__all__ = ["VersionsArena", "attach_versions"]
+__all__ = ["VersionsArena", "share_versions"]
+
+_WORD_BYTES = 8
+_TIMEOUT_S = 30.0
 
 
 class VersionsArena:
-    """One word a server with its committed version, then version ``v`` of the flat vector at ``vectors[v % 2]``.
+    """Words that say what stands here, then version ``v`` of the flat vector at ``vectors[v % 2]``.
+
+    There is a word for each server with its committed version, and one for each slice with the newest version that it
+    has: a slice has it before its server commits it. Words are written after everything they stand for.
 
     Args:
         arena: made by ``create``, or another process's.
@@ -24,8 +34,12 @@ class VersionsArena:
         self.identity = (stat.st_dev, stat.st_ino)
         """By which two processes see that they have mapped the same."""
         header, vector = _sizes(partition)
-        self._committed = arena.words(partition.num_servers)
-        self.vectors = (arena.tensor(header, partition.length), arena.tensor(header + vector, partition.length))
+        words = arena.words(partition.num_servers + len(partition.slices))
+        self._committed, self._written = words[: partition.num_servers], words[partition.num_servers :]
+        self.vectors: tuple[Tensor, Tensor] = (
+            arena.tensor(header, partition.length),
+            arena.tensor(header + vector, partition.length),
+        )
 
     @classmethod
     def create(cls, partition: Partition, folder: Path = DEFAULT_ARENA_DIR) -> "VersionsArena":
@@ -38,19 +52,34 @@ class VersionsArena:
         return self._committed[server]
 
     def commit(self, server: int, version: int) -> None:
-        """Write the version number, after everything it stands for."""
+        """Say that all slices of a server stand at ``version``."""
         self._committed[server] = version
 
+    def has(self, piece: Slice, version: int) -> bool:
+        """Whether a slice stands at ``version`` or a later one."""
+        return self._written[piece.index] >= version
 
-def attach_versions(address: Address, partition: Partition, timeout_s: float = 30.0) -> VersionsArena:
-    """The arena of the hub at ``address``, for another server of its machine to write its own slices into."""
-    channel = connect(address, timeout_s)
-    try:
-        _, (descriptor,) = channel.receive(timeout_s)
-    finally:
-        channel.close()
+    def mark(self, pieces: Iterable[Slice], version: int) -> None:
+        """Say that slices stand at ``version``."""
+        for piece in pieces:
+            self._written[piece.index] = version
+
+
+def share_versions(beside: Address | None, partition: Partition, folder: Path = DEFAULT_ARENA_DIR) -> VersionsArena:
+    """The arena for another server of a machine to write its own slices into.
+
+    Args:
+        beside: address of the hub of a server of the same machine, whose arena it is; None makes one.
+        partition: of the run.
+        folder: where one is made.
+    """
+    if beside is None:
+        return VersionsArena.create(partition, folder)
+    with closing(connect(beside, _TIMEOUT_S)) as channel:
+        _, (descriptor,) = channel.receive(_TIMEOUT_S)
     return VersionsArena(Arena.attach(descriptor), partition)
 
 
 def _sizes(partition: Partition) -> tuple[int, int]:
-    return round_to_pages(8 * partition.num_servers), round_to_pages(ELEMENT_BYTES * partition.length)
+    words = partition.num_servers + len(partition.slices)
+    return round_to_pages(_WORD_BYTES * words), round_to_pages(ELEMENT_BYTES * partition.length)

@@ -15,7 +15,7 @@ from paramserver.transport.in_process import InProcessTransport
 from paramserver.transport.protocol import Transport
 from paramserver.transport.relay import Relay
 from paramserver.transport.shared_memory import SharedMemoryTransport
-from paramserver.transport.versions import VersionsArena, attach_versions
+from paramserver.transport.versions import VersionsArena, share_versions
 from paramserver.vote import decide
 from tests.support.servers import TIMEOUT_S, Fleet
 
@@ -129,13 +129,8 @@ class SharedMemoryLink(Link):
         self.close()
         self._partition = fleet.partition
         ballot = _Ballot(len(fleet.servers), fleet.optimizer)
-        versions = None
         for index in range(len(fleet.servers)):
-            versions = (
-                attach_versions(self._hubs[0].address, fleet.partition)
-                if versions
-                else VersionsArena.create(fleet.partition)
-            )
+            versions = share_versions(self._hubs[0].address if self._hubs else None, fleet.partition)
             server = Server(
                 index,
                 fleet.partition,
