@@ -57,6 +57,11 @@ class IntegerBlock(Mapping[str, Tensor]):
             block[name].copy_(value)
         return block
 
+    @classmethod
+    def of(cls, buffers: Mapping[str, Tensor]) -> "IntegerBlock":
+        """``buffers`` themselves if they are a block, else a block with copies of them."""
+        return buffers if isinstance(buffers, IntegerBlock) else cls.pack(buffers)
+
     @property
     def data(self) -> Tensor:
         """All buffers as (bytes,) uint8; not to be written in a block that was sent or snapped."""

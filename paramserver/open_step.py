@@ -86,7 +86,7 @@ class OpenStep:
         if fresh and not any(fresh):
             return
         if self._counts_integers and push.integers and not self.integers.same(push.integers):
-            self.integers = self.integers.updated(_kept(push.integers))
+            self.integers = self.integers.updated(IntegerBlock.of(push.integers).snap())
         self.stats.update((row.microbatch, row) for row in push.stats)
         self.last_worker = push.worker
 
@@ -139,7 +139,3 @@ class OpenStep:
         """Wanted microbatches that some slice still waits for."""
         slices = {index for held in self._sums.values() for index in held.missing(self._wanted)}
         return sorted(slices | (set(self._wanted) - self.stats.keys()))
-
-
-def _kept(integers: Mapping[str, Tensor]) -> IntegerBlock:
-    return (integers if isinstance(integers, IntegerBlock) else IntegerBlock.pack(integers)).snap()

@@ -150,8 +150,7 @@ class SharedMemoryTransport:
             slices = VectorPlace(place, tuple(piece.index for piece in push.slices.pieces))
         else:
             slices = {index: self._place(values, push.step) for index, values in push.slices.items()}
-        integers = push.integers if isinstance(push.integers, IntegerBlock) else IntegerBlock.pack(push.integers)
-        self._tell(server, Arrival(push._replace(slices={}, integers=integers), slices))
+        self._tell(server, Arrival(push._replace(slices={}, integers=IntegerBlock.of(push.integers)), slices))
 
     def _find(self, values: Tensor) -> Place | None:
         """Where a tensor lies, if it is in an arena."""
