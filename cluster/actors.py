@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 import torch
 
-from cluster.ray_transport import WirePush, from_wire
+from cluster.ray_transport import WireArrival, WirePush, from_wire
 from cluster.route import route
 from models.options import TaskOptions
 from models.registry import TaskSource, build_task
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.errors import StepTimeout
 from paramserver.messages import Commit, Decision, Hello, Report
-from paramserver.partition import Partition
+from paramserver.partition import Partition, Slice
 from paramserver.server import Server
 from paramserver.state import ServerSnapshot, State
 from paramserver.transport.channel import Address
@@ -104,7 +104,8 @@ class ServerActor:
         self._arena_dir = Path(arena_dir)
         self._peers: list[Any] = []
         self._waiting: list[asyncio.Future[None]] = []
-        self._published: tuple[int, Any] = (-1, None)
+        self._published: tuple[int, list[tuple[tuple[int, ...], list[Any]]]] = (-1, [])
+        self._pulled_by_ray = False
         self._reports: dict[int, Report] = {}
         self._decision: asyncio.Future[Decision] | None = None
 
@@ -144,6 +145,7 @@ class ServerActor:
             threads=self._threads,
             before_update=lambda: server.vote(ask),
             on_change=self._changed,
+            on_written=self._written,
         )
         return self._hub.address
 
@@ -152,6 +154,23 @@ class ServerActor:
         if commit is not None and commit.version in self._held_versions:
             self._server.hold(commit.version)
         self._loop.call_soon_threadsafe(self._wake)
+
+    def _written(self, version: int, pieces: Sequence[Slice]) -> None:
+        """In the hub's thread: slices have a version that is not committed yet."""
+        if self._pulled_by_ray:
+            self._loop.call_soon_threadsafe(self._publish, version, pieces)
+
+    def _publish(self, version: int, pieces: Sequence[Slice]) -> None:
+        """Put slices into Ray's object store, for whoever waits for ``arrivals``."""
+        if self._published[0] != version:
+            self._published = (version, [])
+        known = {index for indices, _ in self._published[1] for index in indices}
+        new = [piece for piece in pieces if piece.index not in known]
+        if new:
+            vector = self._hub.versions.vectors[version % 2]
+            arrays = [vector[piece.start : piece.stop].numpy() for piece in new]
+            self._published[1].append((tuple(piece.index for piece in new), [ray.put(arrays)]))
+        self._wake()
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -192,19 +211,27 @@ class ServerActor:
         """See ``Server.push``."""
         await asyncio.wrap_future(self._hub.push(from_wire(push)))
 
-    async def publish(self, version: int) -> list[Any]:
-        """A list with the reference of (slices, integer buffers) at ``version``, in Ray's object store."""
-        if self._published[0] != version:
-            values = await self._in_hub(lambda: self._server.values(version))
-            integers = await self._in_hub(lambda: self._server.integers(version))
-            self._published = (version, ray.put(([value.numpy() for value in values], integers)))
-        return [self._published[1]]
+    async def publish(self, version: int, have: int = 0) -> WireArrival:
+        """The whole committed ``version`` but for the first ``have`` batches of it."""
+        integers = await self._in_hub(lambda: self._server.integers(version))  # or it is gone
+        self._publish(version, self._partition.by_server[self._index])
+        return WireArrival(self._published[1][have:], self._hub.last, integers)
 
-    async def wait(self, version: int, timeout_s: float) -> tuple[Commit, list[Any]]:
-        """The commit of ``version`` and the reference of its values, as soon as there is one."""
+    async def arrivals(self, version: int, have: int, left_s: float, timeout_s: float) -> WireArrival:
+        """What there is of ``version`` beyond the first ``have`` batches, as soon as there is more or it is committed.
+
+        Args:
+            version: the committed one, or the next.
+            have: batches that the caller has.
+            left_s: how long to wait.
+            timeout_s: how long the caller has waited in all by then.
+        """
+        self._pulled_by_ray = True
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(left_s):
                 while self._hub.failure is None and (self._hub.last is None or self._hub.last.version < version):
+                    if self._published[0] == version and len(self._published[1]) > have:
+                        return WireArrival(self._published[1][have:], None, {})
                     self._waiting.append(asyncio.get_running_loop().create_future())
                     await self._waiting[-1]
         except TimeoutError:
@@ -216,7 +243,7 @@ class ServerActor:
         if self._hub.failure is not None:
             raise self._hub.failure
         assert self._hub.last is not None
-        return self._hub.last, await self.publish(self._hub.last.version)
+        return await self.publish(self._hub.last.version, have)
 
     async def request_stop(self) -> None:
         """Let the run end with the next version that is committed."""

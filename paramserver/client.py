@@ -98,13 +98,26 @@ class Client:
         None where it must be pulled. The vector is not to be written, and lasts until this worker has pushed its
         contribution to the step that follows.
         """
-        if self._transport.versions is None:
+        vector = self.vector(version)
+        if vector is None:
             return None
         integers: Mapping[str, Tensor] = {}
         for server in range(self._transport.num_servers):
             held = self._transport.fetch(server, version, self._timeout_s)[1]
             integers = integers or held
-        return self._transport.versions[version % 2], integers
+        return vector, integers
+
+    def vector(self, version: int) -> Tensor | None:
+        """The flat (length,) vector of ``version`` where the servers write it, or None where it must be pulled.
+
+        Unlike ``read`` this may be the version that is committed next: its slices are to be waited for.
+        """
+        versions = self._transport.versions
+        return None if versions is None else versions[version % 2]
+
+    def await_slices(self, version: int, pieces: Sequence[Slice]) -> None:
+        """Wait until slices of ``vector(version)`` have been written; see ``Transport.await_slices``."""
+        self._transport.await_slices(version, pieces, self._timeout_s)
 
     def allocate(self) -> Tensor:
         """A zeroed flat (length,) fp32 vector from which ``push`` is cheapest."""

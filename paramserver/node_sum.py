@@ -7,7 +7,7 @@ is whole; what comes back is written once, for all workers of the node.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from paramserver.held_slice import CHUNK
 from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Hello, Push
 from paramserver.open_step import OpenStep
-from paramserver.partition import Partition
+from paramserver.partition import Partition, Slice
 from paramserver.reduction import Node, TreeSum, maximal_nodes
 from paramserver.scratch import Scratch
 
@@ -38,7 +38,7 @@ class NodeSum:
         memory: two flat (length,) fp32 vectors, for versions ``v % 2``: the node's. That of the server's version holds
             its slices already.
         forward: called with each push that is to go on, by the threads that sum; its tensors stay as they are until
-            ``arrive``.
+            ``arrive`` is called.
     """
 
     def __init__(
@@ -119,8 +119,12 @@ class NodeSum:
             self._send({node: {} for node in self._nodes})  # a server without slices wants the rows
         return [(index, part) for index in ready for part in self._parts(index)]
 
-    def update_part(self, index: int, part: int, scratch: Scratch) -> None:
-        """Sum one part over this node's workers; the last part of a slice sends the slice on."""
+    def update_part(self, index: int, part: int, scratch: Scratch) -> bool:
+        """Sum one part over this node's workers; the last part of a slice sends the slice on.
+
+        Returns:
+            False: the slice has no new version before ``write``.
+        """
         begin = time.perf_counter()
         lo, hi = part * CHUNK, min((part + 1) * CHUNK, self._pieces[index].numel)
         for node in self._nodes:
@@ -131,6 +135,7 @@ class NodeSum:
             last = not self._parts_left[index]
         if last:
             self._send({node: {index: self._whole(index, node)} for node in self._nodes})
+        return False
 
     def _whole(self, index: int, node: Node) -> Tensor:
         vectors, additions = self._sums[index].plan(node)
@@ -155,11 +160,18 @@ class NodeSum:
         """How often ``forward`` is called in a step."""
         return max(1, len(self._pieces)) * len(self._nodes)
 
-    def arrive(self, commit: Commit, values: Sequence[Tensor], integers: Mapping[str, Tensor]) -> None:
-        """The server has committed the open step: take its slices at the new version, in the partition's order."""
-        target = self._memory[commit.version % 2]
-        for piece, value in zip(self._pieces.values(), values, strict=True):
-            target[piece.start : piece.stop].copy_(value)
+    def write(self, version: int, values: Mapping[int, Tensor]) -> list[Slice]:
+        """The server has updated slices, given by index: write them at the version that it will commit.
+
+        Any thread may call it: nobody reads that version yet, and all workers of the node have pushed these slices.
+        """
+        pieces = [self._pieces[index] for index in values]
+        for piece in pieces:
+            self._memory[version % 2][piece.start : piece.stop].copy_(values[piece.index])
+        return pieces
+
+    def arrive(self, commit: Commit, integers: Mapping[str, Tensor]) -> None:
+        """The server has committed the open step, and all of its slices were written here."""
         self._arrived = (commit, IntegerBlock.pack(integers))
 
     @property

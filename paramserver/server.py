@@ -179,8 +179,11 @@ class Server:
             raise non_finite_gradient(str(decision.key), self.version + 1)
         self._decision = decision
 
-    def update_part(self, index: int, part: int, scratch: Scratch | None = None) -> None:
+    def update_part(self, index: int, part: int, scratch: Scratch | None = None) -> bool:
         """Write version ``version + 1`` of one of ``ready_parts``; different ones may be updated at once.
+
+        Returns:
+            whether the whole slice has that version now.
 
         Raises:
             NonFiniteGradient: with ``on_nan="stop"``; the committed version stands.
@@ -189,10 +192,11 @@ class Server:
         if decision is not None and not decision.apply:
             if part == 0:
                 held.skip(self.version)
-            return
+            return held.updated
         scale = None if decision is None or held.piece.group == BUFFERS else decision.scale
         lr = self.config.learning_rate(self.version)
         held.update(part, self.version, self._divisor(held), lr, scratch or self._scratch, scale)
+        return held.updated
 
     def update(self, decision: Decision | None = None) -> None:
         """Write version ``version + 1`` of every slice; ``decision`` is the vote's, None where none is needed."""

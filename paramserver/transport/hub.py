@@ -35,13 +35,19 @@ from paramserver.transport.wire import (
     Missing,
     Place,
     VectorPlace,
+    Watch,
     Welcome,
+    Written,
     encode,
 )
 
 __all__ = ["Hub"]
 
 T = TypeVar("T")
+
+_THRESHOLDS = 3
+_LEAST_ELEMENTS = 1 << 21
+"""8 MiB: who waits for slices is not woken for less before the commit."""
 
 
 class Served(Protocol):
@@ -57,7 +63,7 @@ class Served(Protocol):
     def push(self, push: Push) -> None: ...
     def missing(self) -> list[int]: ...
     def ready_parts(self) -> list[tuple[int, int]]: ...
-    def update_part(self, index: int, part: int, scratch: Scratch) -> None: ...
+    def update_part(self, index: int, part: int, scratch: Scratch) -> bool: ...
     def new_scratch(self) -> Scratch: ...
     def commit(self, busy: Iterable[Mapping[str, float]] = ()) -> Commit: ...
     def integers(self, version: int) -> IntegerBlock: ...
@@ -72,6 +78,8 @@ class _Peer:
     vectors: dict[Place, FlatSlices] = field(default_factory=dict)
     stuck: bool = False
     """Whether something waits until it reads."""
+    watches: bool = False
+    """Whether it wants to hear of slices before their commit."""
 
 
 class Hub:
@@ -84,6 +92,9 @@ class Hub:
         threads: how many threads sum and update.
         before_update: called in the hub's thread before slices are updated, to take a vote that is due.
         on_change: called in the hub's thread after every commit, and with None after a failure.
+        on_written: called in the hub's thread with a version and slices that have it before it is committed, up to
+            twice a step.
+        least_elements: how many new ones it (and a waiting worker) is told of at once, before the commit.
     """
 
     def __init__(
@@ -94,6 +105,8 @@ class Hub:
         threads: int = 1,
         before_update: Callable[[], None] = lambda: None,
         on_change: Callable[[Commit | None], None] = lambda _: None,
+        on_written: Callable[[int, Sequence[Slice]], None] | None = None,
+        least_elements: int = _LEAST_ELEMENTS,
     ) -> None:
         self.failure: BaseException | None = None
         """What ended the run here, once something has."""
@@ -103,6 +116,8 @@ class Hub:
         self.versions = versions
         self._before_update = before_update
         self._on_change = on_change
+        self._on_written = on_written
+        self._watched = on_written is not None
         self._pieces = server.partition.by_server[server.index]
         self._scratches = [server.new_scratch() for _ in range(threads)]
         self._helpers = ThreadPoolExecutor(threads - 1) if threads > 1 else None
@@ -114,6 +129,9 @@ class Hub:
         self._selector.register(self._wake, selectors.EVENT_READ, self._run_calls)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._closed = threading.Event()
+        self._told: set[int] = set()
+        self._group = max(least_elements, -(-sum(piece.numel for piece in self._pieces) // _THRESHOLDS))
+        versions.mark(self._pieces, server.version)
         versions.commit(server.index, server.version)
         self._thread = threading.Thread(target=self._serve, name=f"hub-{server.index}", daemon=True)
         self._thread.start()
@@ -137,6 +155,11 @@ class Hub:
     def fail(self, error: BaseException) -> None:
         """End the run here: tell all workers."""
         self.call(lambda: self._fail(error))
+
+    def written(self, pieces: Sequence[Slice], version: int) -> None:
+        """Somebody else has written slices at the version that is committed next."""
+        self.versions.mark(pieces, version)
+        self.call(lambda: self._tell_written(version))
 
     def close(self) -> None:
         """Stop the thread and give sockets back; arenas go with their last user."""
@@ -213,6 +236,9 @@ class Hub:
         if isinstance(message, AttachArena):
             peer.arenas[message.arena] = Arena.attach(descriptors[0])
             peer.arenas[message.arena].close()
+        elif isinstance(message, Watch):
+            peer.watches = self._watched = True
+            self._tell(peer, encode(Written()))  # it may have looked just before one was
         elif isinstance(message, AskMissing):
             self._tell(peer, encode(Missing(self._server.missing())))
         elif isinstance(message, Arrival):
@@ -249,10 +275,14 @@ class Hub:
 
     def _update(self, parts: list[tuple[int, int]]) -> None:
         left = iter(parts)  # next() on it is atomic: each part goes to one thread
+        slices, version = self._server.partition.slices, self._server.version + 1
 
         def work(thread: int) -> None:
             for index, part in left:
-                self._server.update_part(index, part, self._scratches[thread])
+                if self._server.update_part(index, part, self._scratches[thread]):
+                    self.versions.mark((slices[index],), version)
+                if thread == 0:
+                    self._tell_written(version)
 
         begin = time.perf_counter()
         helpers = [self._helpers.submit(work, i) for i in range(1, len(self._scratches))] if self._helpers else []
@@ -265,6 +295,20 @@ class Hub:
 
     _wall = 0.0
 
+    def _tell_written(self, version: int) -> None:
+        """Wake those who wait for slices, once enough are new to be worth it."""
+        if not self._watched or version != self._server.version + 1:
+            return
+        new = [piece for piece in self._pieces if piece.index not in self._told and self.versions.has(piece, version)]
+        if sum(piece.numel for piece in new) < self._group or len(self._told) + len(new) == len(self._pieces):
+            return  # the commit comes at once
+        self._told.update(piece.index for piece in new)
+        if self._on_written is not None:
+            self._on_written(version, new)
+        payload = encode(Written())
+        for peer in [peer for peer in self._peers.values() if peer.watches]:
+            self._tell(peer, payload)
+
     def _commit(self) -> None:
         server = self._server
         begin = time.perf_counter()
@@ -276,6 +320,7 @@ class Hub:
         share = self._wall / total if (total := sum(busy.values())) else 0.0
         commit = server.commit([{stage: seconds * share for stage, seconds in busy.items()}])
         self._wall = 0.0
+        self._told.clear()
         self.versions.commit(server.index, server.version)
         spent = 1e3 * (time.perf_counter() - begin)
         self.last = commit._replace(server_ms={**commit.server_ms, "commit": spent}, stop=self.stop or commit.stop)

@@ -1,13 +1,14 @@
 """Servers in the worker's own process: for ``single``, for ``ddp``'s update, and for tests with a thread a worker."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from paramserver.errors import StepTimeout
 from paramserver.messages import Commit, Hello, Push, Report
+from paramserver.partition import Slice
 from paramserver.server import Server
 from paramserver.vote import decide
 
@@ -95,6 +96,17 @@ class InProcessTransport:
     def wait(self, server: int, version: int, timeout_s: float) -> Commit:
         """See ``Transport.wait``."""
         return self._servers.wait(server, version, timeout_s)
+
+    def await_slices(self, version: int, pieces: Sequence[Slice], timeout_s: float) -> None:
+        """See ``Transport.await_slices``: a server here updates all of its slices at once."""
+        for server in {piece.server for piece in pieces}:
+            self.wait(server, version, timeout_s)
+
+    def arrivals(self, server: int, version: int, timeout_s: float) -> Iterator[Mapping[int, Tensor]]:
+        """See ``Carrier.arrivals``."""
+        self.wait(server, version, timeout_s)
+        held = self._servers.servers[server]
+        yield {p.index: v for p, v in zip(held.partition.by_server[server], held.values(version), strict=True)}
 
     def fetch(self, server: int, version: int, timeout_s: float) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
         """See ``Transport.fetch``."""

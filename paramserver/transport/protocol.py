@@ -1,13 +1,14 @@
 """The seam between a worker's client and its servers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from paramserver.messages import Commit, Hello, Push
+from paramserver.partition import Slice
 
-__all__ = ["Transport"]
+__all__ = ["Carrier", "Transport"]
 
 
 class Transport(Protocol):
@@ -42,6 +43,13 @@ class Transport(Protocol):
             StepTimeout: naming what the server still waits for.
         """
 
+    def await_slices(self, version: int, pieces: Sequence[Slice], timeout_s: float) -> None:
+        """Wait until slices stand in ``versions`` at the version that is committed next: each has it before that.
+
+        Raises:
+            StepTimeout: naming what a server still waits for.
+        """
+
     def fetch(self, server: int, version: int, timeout_s: float) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
         """The server's slices and integer buffers at a committed version; not to be written.
 
@@ -50,3 +58,16 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Give everything back that this object holds."""
+
+
+class Carrier(Transport, Protocol):
+    """A transport to servers of other machines, from which slices come as soon as each is updated."""
+
+    def arrivals(self, server: int, version: int, timeout_s: float) -> Iterator[Mapping[int, Tensor]]:
+        """Slices of the server by index, a few at a time, until ``version`` is committed and all have come.
+
+        Afterwards ``wait`` and ``fetch`` answer at once. Pushes may go on meanwhile, from another thread.
+
+        Raises:
+            StepTimeout: naming what the server still waits for.
+        """

@@ -12,7 +12,7 @@ from paramserver.node_sum import NodeSum
 from paramserver.partition import Partition
 from paramserver.transport.channel import Address
 from paramserver.transport.hub import Hub
-from paramserver.transport.protocol import Transport
+from paramserver.transport.protocol import Carrier
 from paramserver.transport.versions import VersionsArena
 
 __all__ = ["Relay"]
@@ -41,7 +41,7 @@ class Relay:
         partition: Partition,
         num_microbatches: int,
         run: range,
-        transport: Transport,
+        transport: Carrier,
         versions: VersionsArena,
         *,
         threads: int,
@@ -55,6 +55,7 @@ class Relay:
         for piece, value in zip(partition.by_server[server], values, strict=True):
             versions.vectors[hello.version % 2][piece.start : piece.stop].copy_(value)
         self._outbox: queue.SimpleQueue[Push | None] = queue.SimpleQueue()
+        self._begun: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._sum = NodeSum(
             server,
             partition,
@@ -66,22 +67,37 @@ class Relay:
             self._outbox.put,
         )
         self._hub = Hub(self._sum, versions, threads=threads)
-        threading.Thread(target=self._carry, name=f"relay-{server}", daemon=True).start()
+        for carry in (self._carry_up, self._carry_down):
+            threading.Thread(target=carry, name=f"relay-{server}", daemon=True).start()
 
     @property
     def address(self) -> Address:
         """Where the node's workers connect."""
         return self._hub.address
 
-    def _carry(self) -> None:
-        """Step after step: what is summed goes to the server, what it commits comes back."""
+    # Two threads, so that slices which the server has updated come down while others still go up.
+
+    def _carry_up(self) -> None:
+        """Step after step: what is summed goes to the server."""
         try:
             while self._send_step():
-                version = self._sum.version + 1
-                commit = self._transport.wait(self._server, version, self._timeout_s)
-                values, integers = self._transport.fetch(self._server, version, self._timeout_s)
-                self._hub.call(lambda: self._sum.arrive(commit, values, integers)).result()  # noqa: B023
+                pass
         except BaseException as error:  # nobody else would hear of it
+            self._hub.fail(error)
+        finally:
+            self._begun.put(False)
+
+    def _carry_down(self) -> None:
+        """Step after step: what the server updates comes back."""
+        try:
+            while self._begun.get():
+                version = self._sum.version + 1
+                for slices in self._transport.arrivals(self._server, version, self._timeout_s):
+                    self._hub.written(self._sum.write(version, slices), version)
+                commit = self._transport.wait(self._server, version, self._timeout_s)
+                _, integers = self._transport.fetch(self._server, version, self._timeout_s)
+                self._hub.call(lambda: self._sum.arrive(commit, integers)).result()  # noqa: B023
+        except BaseException as error:
             self._hub.fail(error)
 
     def _send_step(self) -> bool:
@@ -94,6 +110,8 @@ class Relay:
                 if push is None:
                     return False
                 waiting.append(push)
+            if left == self._sum.pushes:
+                self._begun.put(True)  # now the servers' deadline counts
             left -= len(waiting)
             for push in _joined(waiting):
                 self._transport.push(self._server, push)

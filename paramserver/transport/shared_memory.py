@@ -17,7 +17,7 @@ from paramserver.arena import DEFAULT_ARENA_DIR, Arena
 from paramserver.errors import ServerLost, StepTimeout, VersionGone
 from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, FlatSlices, Hello, Push
-from paramserver.partition import Partition
+from paramserver.partition import Partition, Slice
 from paramserver.transport.channel import Address, Channel, connect
 from paramserver.transport.versions import VersionsArena
 from paramserver.transport.wire import (
@@ -29,6 +29,7 @@ from paramserver.transport.wire import (
     Missing,
     Place,
     VectorPlace,
+    Watch,
     Welcome,
 )
 
@@ -50,6 +51,8 @@ class _Line:
     version: int
     integers: Mapping[str, Tensor]
     commit: Commit | None = None
+    watched: bool = False
+    """Whether the hub was asked to say when slices have their next version."""
 
     @cached_property
     def versions(self) -> VersionsArena:
@@ -186,6 +189,21 @@ class SharedMemoryTransport:
                 raise self._late(server, version, timeout_s) from None
         self._listen_to_errors(server)
         return line.commit
+
+    def await_slices(self, version: int, pieces: Sequence[Slice], timeout_s: float) -> None:
+        """See ``Transport.await_slices``."""
+        deadline = time.monotonic() + timeout_s
+        for piece in pieces:
+            line = self._lines[piece.server]
+            while not line.versions.has(piece, version):
+                if not line.watched:
+                    line.watched = True
+                    self._tell(piece.server, Watch())
+                    continue
+                try:
+                    self._listen(piece.server, deadline)
+                except TimeoutError:
+                    raise self._late(piece.server, version, timeout_s) from None
 
     def _late(self, server: int, version: int, timeout_s: float) -> StepTimeout:
         deadline = time.monotonic() + _ANSWER_S

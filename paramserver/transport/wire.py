@@ -18,7 +18,9 @@ __all__ = [
     "Missing",
     "Place",
     "VectorPlace",
+    "Watch",
     "Welcome",
+    "Written",
     "decode",
     "encode",
 ]
@@ -73,6 +75,14 @@ class Committed(NamedTuple):
 
     commit: Commit
     integers: IntegerBlock
+
+
+class Watch(NamedTuple):
+    """Worker to hub: say ``Written`` from now on."""
+
+
+class Written(NamedTuple):
+    """Hub to watching workers, and at once to one that begins to: look at the slices in the arena again."""
 
 
 class Missing(NamedTuple):

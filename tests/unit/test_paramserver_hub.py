@@ -10,7 +10,7 @@ import torch
 from paramserver.arena import Arena
 from paramserver.client import Client
 from paramserver.config import OptimizerConfig
-from paramserver.errors import NonFiniteGradient, PartitionMismatch, ServerLost
+from paramserver.errors import NonFiniteGradient, PartitionMismatch, ServerLost, StepTimeout
 from paramserver.server import Server
 from paramserver.transport.channel import connect
 from paramserver.transport.hub import Hub
@@ -29,7 +29,7 @@ def fleet() -> Fleet:
 def hub(fleet: Fleet) -> Iterator[Hub]:
     versions = VersionsArena.create(fleet.partition)
     server = Server(0, fleet.partition, fleet.optimizer, 2, fleet.initial, memory=versions.vectors)
-    hub = Hub(server, versions, threads=3)
+    hub = Hub(server, versions, threads=3, least_elements=1)
     yield hub
     hub.close()
 
@@ -39,9 +39,9 @@ def join(fleet: Fleet, hub: Hub) -> Iterator[Callable[..., Client]]:
     """Makes clients, and closes them."""
     clients: list[Client] = []
 
-    def new(worker: int = 0) -> Client:
+    def new(worker: int = 0, timeout_s: float = TIMEOUT_S) -> Client:
         transport = SharedMemoryTransport({0: hub.address}, fleet.partition)
-        clients.append(Client(worker, fleet.partition, transport, TIMEOUT_S))
+        clients.append(Client(worker, fleet.partition, transport, timeout_s))
         return clients[-1]
 
     yield new
@@ -81,6 +81,22 @@ def test_copied_tensors_reuse_their_arenas(fleet: Fleet, join: Join) -> None:
         client.wait(step + 1)
     assert isinstance(client._transport, SharedMemoryTransport)
     assert len(client._transport._arenas) == len(fleet.partition.slices)
+
+
+def test_slices_can_be_read_before_the_commit(fleet: Fleet, join: Join) -> None:
+    pushing, waiting = join(), join(1)
+    first, *others = fleet.partition.slices
+    gradient = fleet.flatten({"a": torch.ones(300), "b": torch.ones(7)})
+    pushing.push(0, fleet.root, gradient, rows_of(fleet.root), {}, only=[first])
+    waiting.await_slices(1, [first])
+    read = waiting.vector(1)
+    assert read is not None
+    assert torch.equal(read[:128], torch.arange(128.0) - 0.5), "two samples, learning rate 1"
+    with pytest.raises(StepTimeout, match=r"step 1: server 0 waits for microbatches \[0, 1\]"):
+        join(2, timeout_s=0.0).await_slices(1, others)
+    pushing.push(0, fleet.root, gradient, rows_of(fleet.root), {}, only=others)
+    waiting.await_slices(1, others)
+    assert waiting.wait(1).version == 1
 
 
 def test_who_does_not_know_the_token_is_turned_away(fleet: Fleet, hub: Hub, join: Join) -> None:

@@ -110,7 +110,8 @@ def test_the_new_version_is_written_beside_the_old_one() -> None:
     assert not node_sum.updated
     commit = fleet.step({"w": torch.ones(64)}, integers={"seen": torch.tensor(1)})
     server = fleet.servers[0]
-    node_sum.arrive(commit, server.values(1), server.integers(1))
+    assert node_sum.write(1, {0: server.values(1)[0]}) == [fleet.partition.slices[0]]
+    node_sum.arrive(commit, server.integers(1))
     assert node_sum.updated
     assert node_sum.commit([{"aggregate": 1.0}]).server_ms["aggregate"] >= 1000.0
     assert node_sum.version == 1
