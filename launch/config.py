@@ -84,6 +84,8 @@ class RunConfig:
     """How tensors travel (ps): auto is shared memory inside a node and Ray between nodes, ray is Ray everywhere."""
     overlap: bool | None = None
     """Push slices while backward goes on, inside a node (ps); default: if it has a core for the servers to spare."""
+    early_forward: bool = False
+    """Begin the next forward pass with the parameters that are there, inside a node (ps); never with a vote."""
     arena_dir: str = "/dev/shm"
     """Folder in whose file system shared memory is made (ps)."""
     server_threads: int | None = None

@@ -117,6 +117,8 @@ def resolve(config: RunConfig) -> Resolved:
     plan = PlanConfig(
         batch_size=batch_size, microbatches=microbatches, steps=steps, seed=config.seed, drop_last=config.drop_last
     )
+    servers = ServerConfig(num_servers=config.servers if config.backend == "ps" else 1, slice_bytes=config.slice_bytes)
+    optimizer = _optimizer(filled, recipe)
     worker = WorkerConfig(
         plan=plan,
         num_workers=workers,
@@ -127,10 +129,10 @@ def resolve(config: RunConfig) -> Resolved:
         eval_every=config.eval_every,
         evaluate=config.evaluate,
         overlap=bool(filled.overlap),
+        # With a vote the last slice may still drop the step: nobody may have begun with the others (E8).
+        early_forward=filled.early_forward and not optimizer.needs_vote,
         step_timeout_s=config.step_timeout,
     )
-    servers = ServerConfig(num_servers=config.servers if config.backend == "ps" else 1, slice_bytes=config.slice_bytes)
-    optimizer = _optimizer(filled, recipe)
     partition, _ = describe_model(task.build_model(), optimizer, servers)  # finds patterns that fit no key
     if config.backend == "ps" and config.address is None:
         _check_shared_memory(config, partition, workers, microbatches)

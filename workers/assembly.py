@@ -66,7 +66,14 @@ def build_param_server_worker(
     """One worker of a parameter-server run."""
     client = Client(config.worker, parts.partition, transport, config.step_timeout_s)
     run = deal_runs(config.plan.microbatches, config.num_workers)[config.worker]
-    backend = ParamServerBackend(parts.replica, client, run, config.plan.microbatches, overlap=config.overlap)
+    backend = ParamServerBackend(
+        parts.replica,
+        client,
+        run,
+        config.plan.microbatches,
+        overlap=config.overlap,
+        early_forward=config.early_forward,
+    )
     return Worker(task, config, parts.replica, backend), backend
 
 

@@ -29,14 +29,24 @@ class Backend(Protocol):
         ``last`` says that no non-empty microbatch of this worker follows in this step.
         """
 
-    def forwarded(self, stats: MicrobatchStats) -> None:
-        """Between forward and backward of a microbatch: what it counted is known, and its buffers are final."""
+    def forwarded(self, samples: int, stats: MicrobatchStats | None) -> None:
+        """Between forward and backward of a microbatch, whose buffers are final.
+
+        ``stats`` is what it counted, or None where reading its loss would make the device wait.
+        """
 
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
         """Stage 4, after each backward: take the gradients out of the replica; empty microbatches count as zero."""
 
     def push(self, timer: PhaseTimer) -> None:
         """Stage 5: hand over what is left of this worker's sums."""
+
+    def ahead(self) -> AbstractContextManager[None] | None:
+        """Between ``push`` and ``wait``: around the forward pass of the next step's first microbatch, begun early.
+
+        None where that pass must wait for the commit. ``pull`` and ``microbatch`` follow as ever, the latter around the
+        backward pass alone.
+        """
 
     def wait(self, timer: PhaseTimer) -> Commit:
         """Stages 6 to 8: wait for the next version. Between ``push`` and this the worker may do other things."""

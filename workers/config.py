@@ -68,6 +68,8 @@ class WorkerConfig:
     """Whether to evaluate at all."""
     overlap: bool = True
     """Whether slices are pushed while backward goes on, where servers share memory with the worker."""
+    early_forward: bool = False
+    """Whether the next forward pass may begin with the parameters that are there, likewise, and without a vote."""
     step_timeout_s: float = 300.0
     """Deadline of each wait for servers or other workers."""
 

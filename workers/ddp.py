@@ -117,8 +117,11 @@ class DdpBackend:
         self._synchronised |= last
         self._backward_done_at = time.perf_counter()
 
-    def forwarded(self, stats: MicrobatchStats) -> None:
+    def forwarded(self, samples: int, stats: MicrobatchStats | None) -> None:
         """See ``Backend.forwarded``: DDP needs nothing before backward."""
+
+    def ahead(self) -> None:
+        """See ``Backend.ahead``: every rank has everything at once."""
 
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
         """See ``Backend.contribute``: gradients stay where DDP sums them, only buffers are taken."""

@@ -1,9 +1,8 @@
 """Backend of a parameter-server worker: read a version, send tree sums, wait for the commit."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import torch
 from torch import Tensor, nn
 
 from models.task import Metric
@@ -11,7 +10,9 @@ from paramserver.client import Client
 from paramserver.messages import Commit, MicrobatchStats
 from paramserver.partition import Slice
 from paramserver.reduction import Node
+from workers.early_forward import EarlyForward
 from workers.gradient_sums import GradientSums
+from workers.host_memory import host_memory
 from workers.overlap import ReadySlices
 from workers.replica import Replica
 from workers.timing import PhaseTimer
@@ -28,53 +29,89 @@ class ParamServerBackend:
         run: this worker's microbatches.
         num_microbatches: ``M``.
         overlap: whether slices are pushed while backward goes on, where the way to the servers is made for it.
+        early_forward: whether a forward pass may begin with parameters that are there, likewise; never with a vote.
     """
 
     def __init__(
-        self, replica: Replica, client: Client, run: range, num_microbatches: int, *, overlap: bool = False
+        self,
+        replica: Replica,
+        client: Client,
+        run: range,
+        num_microbatches: int,
+        *,
+        overlap: bool = False,
+        early_forward: bool = False,
     ) -> None:
         self.version = client.version
         self.module: nn.Module = replica.model
         self._replica = replica
         self._client = client
-        on_cpu = replica.device.type == "cpu"
-        allocate = client.allocate if on_cpu else lambda: torch.zeros_like(replica.values)
+        self._memory = host_memory(replica, client)
         self._ready: ReadySlices | None = None
         self._node: Node | None = None
-        if overlap and on_cpu and client.shares_memory:
+        if overlap and client.shares_memory:
             keys = [key.name for key, _ in replica.parameters]
-            self._ready = ReadySlices(replica.partition, keys, self._push_slices)
-        self._sums = GradientSums(replica, run, num_microbatches, allocate, self._key_done)
-        self._sent = self._sums.vectors if on_cpu else [_pinned(client.allocate()) for _ in self._sums.nodes]
-        """What the servers read of each maximal node."""
+            self._ready = ReadySlices(replica.partition, keys, self._slices_whole)
+        self._early: EarlyForward | None = None
+        if early_forward and client.shares_memory:
+            self._early = EarlyForward(replica, lambda slices: self._memory.bring(self._shown, slices))
+        self._sums = GradientSums(replica, run, num_microbatches, self._memory.new_sum, self._key_done)
         self._pushed: set[Node] = set()
+        self._copying: list[tuple[Sequence[Slice], Callable[[], None]]] = []
+        """Slices that backward has made whole, and what waits until they are on the host."""
         self._stats: list[MicrobatchStats] = []
         self._counted = False
         """Whether the row of the microbatch under way stands in ``_stats``."""
         self._integers: Mapping[str, Tensor] = {}
+        self._next_integers: Mapping[str, Tensor] = {}
+        """Integer buffers of the next version, if this worker has had a sample: all microbatches agree on them."""
+        self._shown = self.version
+        """The version that the replica takes up slice by slice."""
+        self._ahead = False
+        """Whether the forward pass of the next microbatch was begun early."""
         replica.load({}, client.constants)
 
     def pull(self, timer: PhaseTimer) -> None:
         """See ``Backend.pull``."""
         with timer.phase("pull"):
-            found = self._client.read(self.version) if self._replica.device.type == "cpu" else None
-            if found is not None:
-                self._replica.point_to(found[0])
-                self._replica.load(found[1])
+            if self._ahead and self._early is not None:
+                self._early.bring_rest()
             else:
-                self._replica.load(self._client.pull(self.version, self._replica.values))
+                self._replica.load(self._memory.pull(self.version))
 
     @contextmanager
     def microbatch(self, index: int, *, last: bool) -> Iterator[None]:
         """See ``Backend.microbatch``."""
-        self._replica.reset_buffers()
+        if not self._ahead:
+            self._replica.reset_buffers()
+        learns = self._early is not None and not self._early.learned and not self._ahead
+        self._ahead = False
         self._node = self._sums.begin(index).completes
-        yield
+        with self._early.watched() if learns and self._early else nullcontext():
+            yield
 
-    def forwarded(self, stats: MicrobatchStats) -> None:
+    def ahead(self) -> AbstractContextManager[None] | None:
+        """See ``Backend.ahead``."""
+        knows_integers = bool(self._next_integers) or not self._replica.integer_buffers
+        may = self._early is not None and self._early.learned and knows_integers
+        return self._forward_ahead() if may else None
+
+    @contextmanager
+    def _forward_ahead(self) -> Iterator[None]:
+        assert self._early is not None
+        self._shown = self.version + 1
+        self._memory.show(self._shown)
+        with self._early.early():
+            self._replica.load(self._next_integers)
+            self._replica.reset_buffers()
+            yield
+        self._ahead = True
+
+    def forwarded(self, samples: int, stats: MicrobatchStats | None) -> None:
         """See ``Backend.forwarded``: from here on backward may push what it makes whole."""
-        self._sums.put_buffers(stats.samples)
-        self._count(stats)
+        self._sums.put_buffers(samples)
+        if stats is not None:
+            self._count(stats)
         if self._ready is not None and self._node is not None:
             self._ready.begin()
 
@@ -88,47 +125,56 @@ class ParamServerBackend:
         if self._ready is not None and self._ready.active:
             self._ready.done(key)
 
-    def _push_slices(self, slices: Sequence[Slice]) -> None:
+    def _slices_whole(self, slices: Sequence[Slice]) -> None:
         assert self._node is not None
-        self._push(self._node, slices)
+        self._copying.append((slices, self._memory.send(self._vector(self._node), slices)))
+        if self._counted:  # else the rows that go with them are not known before backward is over
+            self._push_copied(self._node)
+
+    def _push_copied(self, node: Node) -> None:
+        for slices, arrive in self._copying:
+            arrive()
+            self._push(node, slices)
+        self._copying.clear()
+
+    def _vector(self, node: Node) -> Tensor:
+        return self._sums.vectors[self._sums.nodes[node]]
 
     def _push(self, node: Node, slices: Sequence[Slice] | None = None) -> None:
         rows = tuple(row for row in self._stats if node.lo <= row.microbatch < node.hi)
-        vector = self._sent[self._sums.nodes[node]]
+        vector = self._memory.on_host(self._vector(node))
         self._client.push(self.version, node, vector, rows, self._integers, slices)
 
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
         """See ``Backend.contribute``."""
         with timer.phase("reduce"):
             self._sums.end(stats.microbatch, stats.samples)
+        if not self._counted:  # no sample, or a device that is not waited for before backward
+            self._count(stats)
         if self._ready is not None and self._ready.active:
+            assert self._node is not None
             with timer.phase("push"):
                 self._ready.end()
-                assert self._node is not None
                 self._pushed.add(self._node)
-        elif not self._counted:  # no sample, or a device that is not waited for before backward
-            self._count(stats)
         self._counted = False
 
     def push(self, timer: PhaseTimer) -> None:
         """See ``Backend.push``."""
         with timer.phase("push"):
-            if self._replica.device.type != "cpu":
-                self._copy_to_host()
-            for node in self._sums.nodes:
-                if node not in self._pushed:
-                    self._push(node)
+            left = [node for node in self._sums.nodes if node not in self._pushed]
+            arrivals = [self._memory.send(self._vector(node), self._replica.partition.slices) for node in left]
+            for node, arrive in zip(left, arrivals, strict=True):
+                arrive()
+                self._push(node)
             self._pushed.clear()
             self._stats.clear()
-            self._integers = {}
-
-    def _copy_to_host(self) -> None:
-        for index in self._sums.nodes.values():
-            self._sent[index].copy_(self._sums.vectors[index], non_blocking=True)
-        torch.cuda.current_stream(self._replica.device).synchronize()
+            self._next_integers, self._integers = self._integers, {}
 
     def wait(self, timer: PhaseTimer) -> Commit:
         """See ``Backend.wait``."""
+        if self._early is not None:
+            timer.move(self._early.waited_s, "compute", "pull")
+            self._early.waited_s = 0.0
         with timer.phase("aggregate"):
             commit = self._client.wait(self.version + 1)
         # The servers know what they did while this worker waited; what is left was waiting for other workers.
@@ -147,12 +193,5 @@ class ParamServerBackend:
 
     def close(self) -> None:
         """See ``Backend.close``."""
+        self._memory.close()
         self._client.close()
-
-
-def _pinned(vector: Tensor) -> Tensor:
-    """The vector, with its pages locked: only then a copy from a GPU does not wait."""
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = cudart.cudaHostRegister(vector.data_ptr(), vector.numel() * vector.element_size(), 0)
-    torch.cuda.check_error(int(status))
-    return vector

@@ -110,7 +110,7 @@ def backend_round(
     def one() -> float:
         with backend.microbatch(microbatch, last=True):
             loss = filling()
-            backend.forwarded(stats)
+            backend.forwarded(stats.samples, stats)
             loss.backward()
         begin = meet()
         backend.contribute(stats, timer)

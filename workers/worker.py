@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +21,13 @@ from workers.seeding import seeded
 from workers.timing import PhaseTimer
 
 __all__ = ["Worker"]
+
+
+class _Begun(NamedTuple):
+    """A microbatch whose forward pass is done."""
+
+    batch: Batch
+    loss: LossSum
 
 
 class Worker:
@@ -40,6 +49,7 @@ class Worker:
         self.plan = MinibatchPlan(config.plan, len(dataset))  # type: ignore[arg-type]
         self._run = deal_runs(config.plan.microbatches, config.num_workers)[config.worker]
         self._timer = PhaseTimer()
+        self._begun: _Begun | None = None
         self._loader = MicrobatchLoader(
             task, dataset, self.plan, self._run, backend.version, pin_memory=replica.device.type == "cuda"
         )
@@ -70,6 +80,7 @@ class Worker:
         self._backend.push(self._timer)
         with self._timer.phase("split"):
             self._loader.prepare()  # while others compute and the servers update
+        self._begin_early(step + 1)
         commit = self._backend.wait(self._timer)
         step_ms = 1e3 * (time.perf_counter() - begin)
         ledger = tuple(LedgerRow(index, self._config.worker, microbatches[index]) for index in self._run)
@@ -84,17 +95,39 @@ class Worker:
             stop=commit.stop or commit.version == self._config.plan.steps,
         )
 
-    def _microbatch(self, step: int, index: int, *, last: bool) -> MicrobatchStats:
-        with self._timer.phase("split"):
+    def _begin_early(self, step: int) -> None:
+        """The first forward pass of ``step``, if it may begin before the commit that comes next."""
+        config = self._config
+        pauses = config.evaluate and config.eval_every and step % config.eval_every == 0
+        if step == config.plan.steps or pauses or not self.plan.microbatches(step)[self._run.start]:
+            return
+        early = self._backend.ahead()
+        if early is not None:
             batch = self._next_batch()
+            with self._timer.phase("compute"), early:
+                self._begun = _Begun(batch, self._forward(step, self._run.start, batch))
+            with self._timer.phase("split"):
+                self._loader.prepare()
+
+    def _microbatch(self, step: int, index: int, *, last: bool) -> MicrobatchStats:
+        begun, self._begun = self._begun, None
+        batch = self._next_batch() if begun is None else begun.batch
         with self._timer.phase("compute"), self._backend.microbatch(index, last=last):
-            with seeded("microbatch", self._config.plan.seed, step, index, device=self._replica.device):
-                loss = self._loss(batch)
-                if self._replica.device.type == "cpu":  # reading the loss would make a GPU wait for us
-                    self._backend.forwarded(_stats(index, loss, batch))
+            loss = self._forward(step, index, batch) if begun is None else begun.loss
+            on_cpu = self._replica.device.type == "cpu"  # reading the loss would make a GPU wait for us
+            self._backend.forwarded(len(batch), _stats(index, loss, batch) if on_cpu else None)
+            with self._seeded("backward", step, index):
                 loss.total.backward()  # type: ignore[no-untyped-call]
             # Reading the loss waits for the device, so that its time is booked here and not on the next stage.
             return _stats(index, loss, batch)
+
+    def _forward(self, step: int, index: int, batch: Batch) -> LossSum:
+        with self._seeded("microbatch", step, index):
+            return self._loss(batch)
+
+    def _seeded(self, what: str, step: int, index: int) -> AbstractContextManager[None]:
+        # Backward has a seed of its own, since it may not follow at once.
+        return seeded(what, self._config.plan.seed, step, index, device=self._replica.device)
 
     def _loss(self, batch: Batch) -> LossSum:
         try:
@@ -109,7 +142,8 @@ class Worker:
             ) from error
 
     def _next_batch(self) -> Batch:
-        return self._loader.next().to(self._replica.device, channels_last=self._config.channels_last)
+        with self._timer.phase("split"):
+            return self._loader.next().to(self._replica.device, channels_last=self._config.channels_last)
 
     def _autocast(self) -> torch.autocast:
         enabled = self._config.precision == "bf16"

@@ -43,6 +43,13 @@ def test_same_bits_with_overlap(ray_cluster: None, tmp_path: Path, single: dict[
     check(tmp_path, single, "ssd", 2, 1, overlap=True)
 
 
+@pytest.mark.parametrize(("task", "overlap"), [("ssd", False), ("fcn", True)])
+def test_same_bits_when_forward_begins_early(
+    ray_cluster: None, tmp_path: Path, single: dict[str, dict[str, Any]], task: str, overlap: bool
+) -> None:
+    check(tmp_path, single, task, 3, 2, overlap=overlap, early_forward=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "workers", "servers"), [case for case in ALL if case not in CORE])
 def test_same_bits_as_single_for_the_rest(
