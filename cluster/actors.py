@@ -153,6 +153,8 @@ class ServerActor:
         """In the hub's thread: a version was committed, or the run failed here."""
         if commit is not None and commit.version in self._held_versions:
             self._server.hold(commit.version)
+        if commit is not None:
+            self._written(commit.version, self._partition.by_server[self._index])
         self._loop.call_soon_threadsafe(self._wake)
 
     def _written(self, version: int, pieces: Sequence[Slice]) -> None:

@@ -12,12 +12,17 @@ from torch import Tensor
 from paramserver.errors import ServerLost, StepTimeout
 from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Hello, Push
-from paramserver.partition import Slice
+from paramserver.partition import ELEMENT_BYTES, Slice
 
 __all__ = ["RayTransport", "WireArrival", "WirePush", "from_wire", "to_wire"]
 
 _LOOK_S = 1.0
 """How often a wait looks at pushes that were sent meanwhile."""
+_ANSWER_S = 5.0
+_TAKE_S = 300.0
+_UNDER_WAY_BYTES = 16 << 20
+"""What is asked for comes behind everything that is under way: more of it would keep a server's slices from coming back
+while others go up (8 MiB take 70 ms at 1 Gb/s)."""
 
 
 class WirePush(NamedTuple):
@@ -69,7 +74,7 @@ class RayTransport:
     def __init__(self, servers: Sequence[Any]) -> None:
         self.num_servers = len(servers)
         self._servers = list(servers)
-        self._pushes: list[list[Any]] = [[] for _ in servers]
+        self._pushes: list[dict[Any, int]] = [{} for _ in servers]
         self._arrived: dict[int, _Version] = {}
 
     @property
@@ -87,7 +92,21 @@ class RayTransport:
 
     def push(self, server: int, push: Push) -> None:
         """See ``Transport.push``: the tensors are copied before this returns."""
-        self._pushes[server].append(self._servers[server].push.remote(to_wire(push)))
+        size = ELEMENT_BYTES * sum(values.numel() for values in push.slices.values())
+        self._make_room(server, size)
+        self._pushes[server][self._servers[server].push.remote(to_wire(push))] = size
+
+    def _make_room(self, server: int, size: int) -> None:
+        """Wait until a push of ``size`` bytes and those under way do not keep the wire from anything else for long."""
+        deadline = time.monotonic() + _TAKE_S
+        while sent := dict(self._pushes[server]):
+            if sum(sent.values()) + size <= _UNDER_WAY_BYTES:
+                return
+            ready, _ = ray.wait(list(sent), num_returns=1, timeout=_LOOK_S)
+            for push in ready:
+                self._settle(server, push, _TAKE_S)
+            if time.monotonic() > deadline:
+                raise StepTimeout(f"server {server} did not take a push within {_TAKE_S:.0f} s", server=server)
 
     def wait(self, server: int, version: int, timeout_s: float) -> Commit:
         """See ``Transport.wait``."""
@@ -107,35 +126,38 @@ class RayTransport:
         deadline = time.monotonic() + timeout_s
         slices: dict[int, Tensor] = {}
         batches = 0
+        asked = self._ask(server, version, batches, timeout_s, timeout_s)
         while True:
-            arrival = self._next_arrival(server, version, batches, deadline - time.monotonic(), timeout_s)
+            arrival = self._answer(server, version, asked, deadline, timeout_s)
+            batches += len(arrival.batches)
+            if arrival.commit is None:  # before the tensors are fetched: the way takes as long as a small batch
+                asked = self._ask(server, version, batches, deadline - time.monotonic(), timeout_s)
             for indices, (reference,) in arrival.batches:
                 arrays = self._get(server, reference, timeout_s, f"send version {version}")
                 batch = {index: torch.from_numpy(array) for index, array in zip(indices, arrays, strict=True)}
                 slices.update(batch)
                 yield batch
-            batches += len(arrival.batches)
             if arrival.commit is not None:
                 self._arrived[server] = _Version(arrival.commit.version, slices, arrival.commit, arrival.integers)
                 return
 
-    def _next_arrival(self, server: int, version: int, have: int, left_s: float, timeout_s: float) -> WireArrival:
-        waiting = self._servers[server].arrivals.remote(version, have, max(0.0, left_s), timeout_s)
+    def _ask(self, server: int, version: int, have: int, left_s: float, timeout_s: float) -> Any:
+        return self._servers[server].arrivals.remote(version, have, max(0.0, left_s), timeout_s)
+
+    def _answer(self, server: int, version: int, asked: Any, deadline: float, timeout_s: float) -> WireArrival:
         # The server keeps the deadline itself, and knows what it waits for: give it a moment longer to say so.
-        deadline = time.monotonic() + max(0.0, left_s) + 5.0
-        while time.monotonic() < deadline:
-            sent = list(self._pushes[server])
-            ready, _ = ray.wait([waiting, *sent], num_returns=1, timeout=_LOOK_S)
-            if waiting in ready:
+        while time.monotonic() < deadline + _ANSWER_S:
+            ready, _ = ray.wait([asked, *self._pushes[server]], num_returns=1, timeout=_LOOK_S)
+            if asked in ready:
                 break
             for push in ready:  # it was taken, or refused
                 self._settle(server, push, timeout_s)
-        arrival: WireArrival = self._get(server, waiting, 0.0, f"commit version {version}")
+        arrival: WireArrival = self._get(server, asked, 0.0, f"commit version {version}")
         return arrival
 
     def _settle(self, server: int, push: Any, timeout_s: float) -> None:
-        self._pushes[server].remove(push)
-        self._get(server, push, timeout_s, "take a push")
+        if self._pushes[server].pop(push, None) is not None:  # a relay's other thread may have been quicker
+            self._get(server, push, timeout_s, "take a push")
 
     def fetch(self, server: int, version: int, timeout_s: float) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
         """See ``Transport.fetch``."""

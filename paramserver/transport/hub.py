@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 _THRESHOLDS = 3
 _LEAST_ELEMENTS = 1 << 21
-"""8 MiB: who waits for slices is not woken for less before the commit."""
+"""8 MiB: for less nobody is told before the commit."""
 
 
 class Served(Protocol):
@@ -67,6 +67,34 @@ class Served(Protocol):
     def new_scratch(self) -> Scratch: ...
     def commit(self, busy: Iterable[Mapping[str, float]] = ()) -> Commit: ...
     def integers(self, version: int) -> IntegerBlock: ...
+
+
+class _News:
+    """Slices that have been written and not been told of, once there are enough of them.
+
+    Args:
+        pieces: all there are.
+        versions: where they stand.
+        least_elements: how many are enough.
+    """
+
+    def __init__(self, pieces: Sequence[Slice], versions: VersionsArena, least_elements: int) -> None:
+        self._pieces = pieces
+        self._versions = versions
+        self._least_elements = least_elements
+        self._told: set[int] = set()
+
+    def take(self, version: int) -> list[Slice]:
+        """New slices at ``version``, none if they are too few, or the last: the commit follows at once."""
+        new = [piece for piece in self._pieces if piece.index not in self._told and self._versions.has(piece, version)]
+        if sum(piece.numel for piece in new) < self._least_elements or len(self._told) + len(new) == len(self._pieces):
+            return []
+        self._told.update(piece.index for piece in new)
+        return new
+
+    def forget(self) -> None:
+        """Another version is written from now on."""
+        self._told.clear()
 
 
 @dataclass
@@ -92,9 +120,8 @@ class Hub:
         threads: how many threads sum and update.
         before_update: called in the hub's thread before slices are updated, to take a vote that is due.
         on_change: called in the hub's thread after every commit, and with None after a failure.
-        on_written: called in the hub's thread with a version and slices that have it before it is committed, up to
-            twice a step.
-        least_elements: how many new ones it (and a waiting worker) is told of at once, before the commit.
+        on_written: called in the hub's thread with a version and slices that have it before it is committed.
+        least_elements: how many of them it takes for that; waiting workers are told of a third of all.
     """
 
     def __init__(
@@ -129,8 +156,9 @@ class Hub:
         self._selector.register(self._wake, selectors.EVENT_READ, self._run_calls)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._closed = threading.Event()
-        self._told: set[int] = set()
-        self._group = max(least_elements, -(-sum(piece.numel for piece in self._pieces) // _THRESHOLDS))
+        third = -(-sum(piece.numel for piece in self._pieces) // _THRESHOLDS)
+        self._news_for_peers = _News(self._pieces, versions, max(least_elements, third))
+        self._news_for_owner = _News(self._pieces, versions, least_elements)
         versions.mark(self._pieces, server.version)
         versions.commit(server.index, server.version)
         self._thread = threading.Thread(target=self._serve, name=f"hub-{server.index}", daemon=True)
@@ -299,15 +327,13 @@ class Hub:
         """Wake those who wait for slices, once enough are new to be worth it."""
         if not self._watched or version != self._server.version + 1:
             return
-        new = [piece for piece in self._pieces if piece.index not in self._told and self.versions.has(piece, version)]
-        if sum(piece.numel for piece in new) < self._group or len(self._told) + len(new) == len(self._pieces):
-            return  # the commit comes at once
-        self._told.update(piece.index for piece in new)
-        if self._on_written is not None:
+        if self._on_written is not None and (new := self._news_for_owner.take(version)):
             self._on_written(version, new)
-        payload = encode(Written())
-        for peer in [peer for peer in self._peers.values() if peer.watches]:
-            self._tell(peer, payload)
+        watching = [peer for peer in self._peers.values() if peer.watches]
+        if watching and self._news_for_peers.take(version):
+            payload = encode(Written())
+            for peer in watching:
+                self._tell(peer, payload)
 
     def _commit(self) -> None:
         server = self._server
@@ -320,7 +346,8 @@ class Hub:
         share = self._wall / total if (total := sum(busy.values())) else 0.0
         commit = server.commit([{stage: seconds * share for stage, seconds in busy.items()}])
         self._wall = 0.0
-        self._told.clear()
+        self._news_for_peers.forget()
+        self._news_for_owner.forget()
         self.versions.commit(server.index, server.version)
         spent = 1e3 * (time.perf_counter() - begin)
         self.last = commit._replace(server_ms={**commit.server_ms, "commit": spent}, stop=self.stop or commit.stop)
