@@ -8,11 +8,12 @@ from typing import Literal, get_args
 
 from paramserver.errors import ConfigError
 
-__all__ = ["OnNan", "OptimizerConfig", "OptimizerName", "ScheduleName", "ServerConfig"]
+__all__ = ["OnNan", "OptimizerConfig", "OptimizerName", "ScheduleName", "ServerConfig", "WirePrecision"]
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "step", "cosine", "polynomial"]
 OnNan = Literal["stop", "skip"]
+WirePrecision = Literal["fp32", "bf16", "fp16"]
 
 MIB = 1 << 20
 ALIGNMENT_BYTES = 256
