@@ -61,7 +61,10 @@ def _in_words(types: str) -> str:
 def _did_you_mean(word: str) -> str:
     """An option or key that looks like ``word``, written as ``word`` is."""
     names = {field.name for config in (RunConfig, BenchConfig, SyncConfig) for field in dataclasses.fields(config)}
-    close = difflib.get_close_matches(word.lstrip("-").partition("=")[0].replace("-", "_"), names, n=1)
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    if name in names:
+        return ": another command has it, this one does not"
+    close = difflib.get_close_matches(name, names, n=1)
     if not close:
         return ": pushpull train --help lists what there is"
     return f": did you mean {'--' + close[0].replace('_', '-') if word.startswith('-') else close[0]}?"
