@@ -13,10 +13,12 @@ import ray
 import torch
 
 from cluster.ray_transport import WireArrival, WirePush, from_wire
+from cluster.rounding import Rounding
 from cluster.route import route
 from models.options import TaskOptions
 from models.registry import TaskSource, build_task
 from paramserver.config import OptimizerConfig, ServerConfig
+from paramserver.error_feedback import ErrorFeedback
 from paramserver.errors import StepTimeout
 from paramserver.messages import Commit, Decision, Hello, Report
 from paramserver.partition import Partition, Slice
@@ -298,7 +300,7 @@ class WorkerActor:
         return place_of_process(device_kind(self._config))
 
     def run(
-        self, index: int, servers: Sequence[Any], addresses: Mapping[int, Address]
+        self, index: int, servers: Sequence[Any], addresses: Mapping[int, Address], rounding: Rounding | None = None
     ) -> Iterator[StepReport | EvaluationReport]:
         """Train to the end; a streaming generator, so that the worker never waits for who reads it.
 
@@ -306,11 +308,19 @@ class WorkerActor:
             index: this worker's number, which is dealt once all have their places.
             servers: handles of all servers.
             addresses: where each is reached by shared memory, itself or a relay; empty if Ray is to carry everything.
+            rounding: how contributions are rounded that Ray carries, if they are.
         """
-        config = replace(self._config, worker=index)
-        transport = route(servers, addresses, self._parts.partition, self._arena_dir)
+        config, partition = replace(self._config, worker=index), self._parts.partition
+        feedback = ErrorFeedback(rounding.precision, partition, rounding.residuals) if rounding else None
+        transport = route(servers, addresses, partition, self._arena_dir, feedback)
         worker, backend = build_param_server_worker(self._task, config, self._parts, transport)
+        held = frozenset(rounding.held_versions if rounding else ())
         try:
-            yield from worker.run()
+            for report in worker.run():
+                # This actor answers no calls before its last step: a checkpoint's residuals come with the report.
+                if feedback and isinstance(report, StepReport) and (report.stop or report.step in held):
+                    yield replace(report, residuals=feedback.residuals(report.step))
+                else:
+                    yield report
         finally:
             backend.close()

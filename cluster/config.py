@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.options import TaskOptions
-from paramserver.config import OptimizerConfig, ServerConfig
+from paramserver.config import OptimizerConfig, ServerConfig, WirePrecision
 from workers.config import WorkerConfig
 
 __all__ = ["ClusterConfig", "TransportName"]
@@ -28,6 +28,8 @@ class ClusterConfig:
     """Threads of each server."""
     transport: TransportName = "auto"
     """``auto`` takes shared memory inside a node and Ray's objects between nodes; ``ray`` takes Ray everywhere."""
+    wire_precision: WirePrecision = "fp32"
+    """What contributions are rounded to where Ray carries them."""
     arena_dir: str = "/dev/shm"
     """Folder in whose file system shared memory is made."""
     held_versions: tuple[int, ...] = ()

@@ -17,10 +17,12 @@ from cluster.actors import Place, ServerActor, WorkerActor
 from cluster.config import ClusterConfig
 from cluster.placement import check_room, resources
 from cluster.relay import RelayActor
+from cluster.rounding import Roundings
 from models.errors import TaskError
 from models.registry import TaskSource
 from paramserver.errors import PushPullError, ReplicaMismatch, ServerLost, StepTimeout, WorkerLost
 from paramserver.partition import Partition
+from paramserver.reduction import Node
 from paramserver.state import State, assemble
 from paramserver.transport.channel import Address
 from workers.minibatch import deal_runs
@@ -45,6 +47,8 @@ class Coordinator:
         self._config = config
         self._partition = partition
         self._first_version = state.version
+        self._roundings = Roundings(config, partition, state.residuals)
+        state = replace(state, residuals={})  # servers have no use for them
         check_room(config)
         self._servers = [
             self._start_server(index, partition, ray.put(state)) for index in range(config.servers.num_servers)
@@ -111,6 +115,7 @@ class Coordinator:
         self._open_servers(deadline)
         if self._config.transport != "ray":
             self._open_relays(deadline)
+        self._round_pushes()
         kinds = [place.device_kind or {} for place in self.places["worker"]]
         for index, kind in enumerate(kinds):
             for name, value in kind.items():
@@ -149,9 +154,22 @@ class Coordinator:
             inside = [run for place, run in zip(places, runs, strict=True) if place.node == node]
             relay = self._start_relay(node, range(inside[0].start, inside[-1].stop))
             self._relays.append(relay)
-            opened = relay.open.remote(self._servers, far, next(iter(here.values()), None))
+            rounding = self._roundings.deal(range(inside[0].start, inside[-1].stop), far)
+            opened = relay.open.remote(self._servers, far, next(iter(here.values()), None), rounding)
             self.places["relay"].append(self._started("relay", len(self._relays) - 1, relay.place.remote(), deadline))
             here.update(self._started("relay", len(self._relays) - 1, opened, deadline))
+
+    def _round_pushes(self) -> None:
+        """Workers round what they push through Ray; in shared memory there is no wire."""
+        runs = deal_runs(self._config.worker.plan.microbatches, len(self._workers))
+        servers = range(len(self._servers))
+        through_ray = self._config.transport == "ray"
+        self._worker_roundings = [self._roundings.deal(run, servers) if through_ray else None for run in runs]
+
+    @property
+    def dropped_residuals(self) -> list[Node]:
+        """Tree nodes of which nobody took up what the checkpoint has, once this is started."""
+        return self._roundings.dropped
 
     def _start_relay(self, node: str, run: range) -> Any:
         config, pinned = self._config, NodeAffinitySchedulingStrategy(node, soft=False)
@@ -204,9 +222,11 @@ class Coordinator:
         """
         streams = [
             actor.run.options(num_returns="streaming").remote(
-                index, self._servers, self._addresses[place.node] if self._config.transport != "ray" else {}
+                index, self._servers, self._addresses[place.node] if self._config.transport != "ray" else {}, rounding
             )
-            for index, (actor, place) in enumerate(zip(self._workers, self.places["worker"], strict=True))
+            for index, (actor, place, rounding) in enumerate(
+                zip(self._workers, self.places["worker"], self._worker_roundings, strict=True)
+            )
         ]
         indices = {stream: index for index, stream in enumerate(streams)}
         merged = _Merger(len(streams))
@@ -229,7 +249,10 @@ class Coordinator:
                 continue
             except ray.exceptions.RayError as error:
                 raise self._lost("worker", index, error) from None
-            yield from merged.add(report)
+            for whole in merged.add(report):
+                if isinstance(whole, StepReport):
+                    self._roundings.keep(whole)
+                yield whole
 
     def _check_quiet(self, since: float, indices: list[int]) -> None:
         limit = 2.0 * self._config.worker.step_timeout_s
@@ -239,10 +262,15 @@ class Coordinator:
     def state(self, version: int, *, release: bool = False) -> State:
         """A copy of everything at ``version``: the last one, or one that is held (and is given free)."""
         references = [actor.snapshot.remote(version, release=release) for actor in self._servers]
+        relays = self._relays if self._roundings.active else []
+        asked = [relay.residuals.remote(version, release=release) for relay in relays]
+        timeout_s = self._config.worker.step_timeout_s
         try:
-            return assemble(self._partition, ray.get(references, timeout=self._config.worker.step_timeout_s))
+            state = assemble(self._partition, ray.get(references, timeout=timeout_s))
+            residuals = self._roundings.collect(version, ray.get(asked, timeout=timeout_s))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
+        return replace(state, residuals=residuals)
 
 
 class _Merger:

@@ -9,10 +9,11 @@ import ray.exceptions
 import torch
 from torch import Tensor
 
+from paramserver.error_feedback import ErrorFeedback
 from paramserver.errors import ServerLost, StepTimeout
 from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Hello, Push
-from paramserver.partition import ELEMENT_BYTES, Slice
+from paramserver.partition import Slice
 
 __all__ = ["RayTransport", "WireArrival", "WirePush", "from_wire", "to_wire"]
 
@@ -31,17 +32,34 @@ class WirePush(NamedTuple):
     push: Push
     """Without its slices."""
     slices: dict[int, Any]
+    rounded_to: str | None = None
+    """``bfloat16`` or ``float16``, whose bits the int16 arrays among the slices hold: NumPy does not know the first."""
 
 
-def to_wire(push: Push) -> WirePush:
-    """The push for the way; its memory is copied when Ray takes it."""
-    slices = {index: value.numpy() for index, value in push.slices.items()}
-    return WirePush(push._replace(slices={}, integers=IntegerBlock.pack(push.integers)), slices)
+def to_wire(push: Push, feedback: ErrorFeedback | None = None) -> WirePush:
+    """The push for the way, rounded if there is error feedback; its memory is copied when Ray takes it."""
+    rounded = feedback.round(push) if feedback is not None else {}
+    slices = {
+        index: rounded[index].view(torch.int16).numpy() if index in rounded else value.numpy()
+        for index, value in push.slices.items()
+    }
+    bare = push._replace(slices={}, integers=IntegerBlock.pack(push.integers))
+    return WirePush(bare, slices, None if feedback is None else str(feedback.dtype).removeprefix("torch."))
 
 
 def from_wire(wire: WirePush) -> Push:
-    """The push with tensors that share the arrays' read-only memory: nobody may write them."""
-    return wire.push._replace(slices={index: torch.from_numpy(value) for index, value in wire.slices.items()})
+    """The push in fp32, as it was or widened again.
+
+    What was not rounded shares the arrays' read-only memory: nobody may write it.
+    """
+    return wire.push._replace(slices={index: _widened(value, wire) for index, value in wire.slices.items()})
+
+
+def _widened(value: Any, wire: WirePush) -> Tensor:
+    tensor = torch.from_numpy(value)
+    if wire.rounded_to is None or tensor.dtype != torch.int16:
+        return tensor
+    return tensor.view(getattr(torch, wire.rounded_to)).float()
 
 
 class WireArrival(NamedTuple):
@@ -69,10 +87,12 @@ class RayTransport:
 
     Args:
         servers: handles of the actors, by index.
+        feedback: rounds what is pushed, if anything does.
     """
 
-    def __init__(self, servers: Sequence[Any]) -> None:
+    def __init__(self, servers: Sequence[Any], feedback: ErrorFeedback | None = None) -> None:
         self.num_servers = len(servers)
+        self._feedback = feedback
         self._servers = list(servers)
         self._pushes: list[dict[Any, int]] = [{} for _ in servers]
         self._arrived: dict[int, _Version] = {}
@@ -92,9 +112,10 @@ class RayTransport:
 
     def push(self, server: int, push: Push) -> None:
         """See ``Transport.push``: the tensors are copied before this returns."""
-        size = ELEMENT_BYTES * sum(values.numel() for values in push.slices.values())
+        wire = to_wire(push, self._feedback)
+        size = sum(array.nbytes for array in wire.slices.values())
         self._make_room(server, size)
-        self._pushes[server][self._servers[server].push.remote(to_wire(push))] = size
+        self._pushes[server][self._servers[server].push.remote(wire)] = size
 
     def _make_room(self, server: int, size: int) -> None:
         """Wait until a push of ``size`` bytes and those under way do not keep the wire from anything else for long."""
@@ -116,6 +137,8 @@ class RayTransport:
             self._settle(server, push, timeout_s)
         commit = self._arrived[server].commit
         assert commit is not None
+        if commit.skipped and self._feedback is not None:
+            self._feedback.take_back(commit.version - 1)
         return commit
 
     def arrivals(self, server: int, version: int, timeout_s: float) -> Iterator[Mapping[int, Tensor]]:

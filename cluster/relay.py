@@ -8,7 +8,10 @@ import torch
 
 from cluster.actors import Place, place_of_process, prepare_process
 from cluster.ray_transport import RayTransport
+from cluster.rounding import Rounding
+from paramserver.error_feedback import ErrorFeedback
 from paramserver.partition import Partition
+from paramserver.residuals import SliceResiduals
 from paramserver.transport.channel import Address
 from paramserver.transport.relay import Relay
 from paramserver.transport.versions import share_versions
@@ -44,25 +47,29 @@ class RelayActor:
         """Where this relay runs."""
         return place_of_process()
 
-    def open(self, servers: Sequence[Any], far: Sequence[int], beside: Address | None) -> dict[int, Address]:
+    def open(
+        self, servers: Sequence[Any], far: Sequence[int], beside: Address | None, rounding: Rounding | None = None
+    ) -> dict[int, Address]:
         """Begin to serve.
 
         Args:
             servers: handles of all servers.
             far: those to stand for.
             beside: address of a server of this node whose arena is to be shared; None makes one.
+            rounding: how sums are rounded on their way, if they are.
 
         Returns:
             Where workers of this node connect, by server.
         """
         versions = share_versions(beside, self._partition, self._arena_dir)
+        self._feedback = {server: self._new_feedback(server, rounding) for server in far} if rounding else {}
         self._relays = {
             server: Relay(
                 server,
                 self._partition,
                 self._num_microbatches,
                 self._run,
-                RayTransport(servers),
+                RayTransport(servers, self._feedback.get(server)),
                 versions,
                 threads=self._threads,
                 timeout_s=self._timeout_s,
@@ -70,3 +77,17 @@ class RelayActor:
             for server in far
         }
         return {server: relay.address for server, relay in self._relays.items()}
+
+    def _new_feedback(self, server: int, rounding: Rounding) -> ErrorFeedback:
+        """One a relay: each goes from step to step by itself."""
+        own = {
+            (index, node): value
+            for (index, node), value in rounding.residuals.items()
+            if self._partition.slices[index].server == server
+        }
+        return ErrorFeedback(rounding.precision, self._partition, own, rounding.held_versions)
+
+    def residuals(self, version: int, *, release: bool) -> SliceResiduals:
+        """See ``ErrorFeedback.residuals``: of all servers that this stands for."""
+        found = [feedback.residuals(version, release=release) for feedback in self._feedback.values()]
+        return {place: value for part in found for place, value in part.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.ray_transport import RayTransport
+from paramserver.error_feedback import ErrorFeedback
 from paramserver.partition import Partition
 from paramserver.transport.channel import Address
 from paramserver.transport.protocol import Transport
@@ -13,7 +14,13 @@ from paramserver.transport.shared_memory import SharedMemoryTransport
 __all__ = ["route"]
 
 
-def route(servers: Sequence[Any], addresses: Mapping[int, Address], partition: Partition, arena_dir: Path) -> Transport:
+def route(
+    servers: Sequence[Any],
+    addresses: Mapping[int, Address],
+    partition: Partition,
+    arena_dir: Path,
+    feedback: ErrorFeedback | None = None,
+) -> Transport:
     """The transport of one worker.
 
     Args:
@@ -21,5 +28,6 @@ def route(servers: Sequence[Any], addresses: Mapping[int, Address], partition: P
         addresses: of all servers, or what stands for them on the worker's own node; empty takes Ray.
         partition: of the run.
         arena_dir: where the worker makes shared memory.
+        feedback: rounds what goes through Ray; in shared memory there is no wire.
     """
-    return SharedMemoryTransport(addresses, partition, arena_dir) if addresses else RayTransport(servers)
+    return SharedMemoryTransport(addresses, partition, arena_dir) if addresses else RayTransport(servers, feedback)

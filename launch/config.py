@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from cluster.config import TransportName
-from paramserver.config import OnNan, OptimizerName, ScheduleName
+from paramserver.config import OnNan, OptimizerName, ScheduleName, WirePrecision
 from paramserver.errors import ConfigError
 from workers.config import Precision
 
@@ -82,6 +82,9 @@ class RunConfig:
     """auto takes GPUs if there are any, else one CPU core stands in for a GPU."""
     transport: TransportName = "auto"
     """How tensors travel (ps): auto is shared memory inside a node and Ray between nodes, ray is Ray everywhere."""
+    wire_precision: WirePrecision = "fp32"
+    """What contributions are rounded to where they go through Ray (ps): fp32 is exact; bf16 and fp16 halve the bytes,
+    with error feedback, but the bits then depend on how the work is spread."""
     overlap: bool | None = None
     """Push slices while backward goes on, inside a node (ps); default: if it has a core for the servers to spare."""
     early_forward: bool = False
@@ -122,7 +125,7 @@ class RunConfig:
         return asdict(self)
 
     def __post_init__(self) -> None:
-        for field in ("backend", "device", "on_nan", "precision", "transport"):
+        for field in ("backend", "device", "on_nan", "precision", "transport", "wire_precision"):
             allowed = get_args({f.name: f.type for f in fields(self)}[field])
             if allowed and getattr(self, field) not in allowed:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}: use one of {', '.join(allowed)}")
@@ -142,6 +145,11 @@ class RunConfig:
         for field in ("seed", "eval_every", "checkpoint_every"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"--{field.replace('_', '-')} is {getattr(self, field)}: it must be 0 or more")
+        if self.wire_precision != "fp32" and self.backend != "ps":
+            raise ConfigError(
+                f"--wire-precision {self.wire_precision} with --backend {self.backend}: only ps sends contributions "
+                "through Ray; say --backend ps or --wire-precision fp32"
+            )
         if not self.step_timeout > 0:
             raise ConfigError(f"--step-timeout is {self.step_timeout}: it must be above 0 seconds")
 

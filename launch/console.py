@@ -11,7 +11,7 @@ from paramserver.reduction import maximal_nodes
 from workers.minibatch import deal_runs
 from workers.report import EvaluationReport, StepReport
 
-__all__ = ["RunConsole", "start_block"]
+__all__ = ["RunConsole", "as_note", "start_block"]
 
 
 def start_block(run: Resolved) -> str:
@@ -38,8 +38,18 @@ def start_block(run: Resolved) -> str:
     ]
     nodes = [len(maximal_nodes(part.start, part.stop, plan.microbatches)) for part in dealt]
     if config.backend == "ps" and max(nodes) > 1:
-        lines.append(f"note      workers push {nodes} tree nodes a step: it is 1 where M / workers is a power of two")
+        lines.append(as_note(f"workers push {nodes} tree nodes a step: it is 1 where M / workers is a power of two"))
+    if config.wire_precision != "fp32":
+        lines.append(
+            f"wire      {config.wire_precision} with error feedback where sums go through Ray: that N workers equal "
+            "one, or a killed run one that nobody killed, is not claimed"
+        )
     return "\n".join(lines)
+
+
+def as_note(text: str) -> str:
+    """A line of the start block that the user should know of."""
+    return f"note      {text}"
 
 
 class RunConsole:

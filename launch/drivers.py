@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from cluster.config import TransportName
 from launch.recorder import checkpoint_steps
 from launch.resolve import Resolved
 from launch.signals import stop_on_sigterm
+from paramserver.reduction import Node
 from paramserver.state import State
 from workers.assembly import build_ddp_worker, build_parts, build_single_worker
 from workers.process_group import process_group, torchrun_rank
@@ -40,6 +41,8 @@ class Running(NamedTuple):
     state_at: Callable[[int], State]
     """Reads the version just reported, if it is one that checkpoints are due at, or the last one."""
     processes: list[Process]
+    notices: tuple[str, ...] = ()
+    """What the user should know before the first step, a line each."""
 
 
 def drive(run: Resolved, resume: State | None, *, in_session: bool = False) -> AbstractContextManager[Running]:
@@ -114,6 +117,7 @@ def _param_server(run: Resolved, resume: State | None, *, in_session: bool) -> I
             servers=run.servers,
             server_threads=config.server_threads or idle_cores(workers * config.threads, config.servers),
             transport=config.transport,
+            wire_precision=config.wire_precision,
             arena_dir=config.arena_dir,
             held_versions=held,
             share_device=config.share_device,
@@ -128,4 +132,12 @@ def _param_server(run: Resolved, resume: State | None, *, in_session: bool) -> I
                 coordinator.run(stop),
                 lambda version: coordinator.state(version, release=version in held),
                 processes,
+                _dropped(coordinator.dropped_residuals),
             )
+
+
+def _dropped(nodes: Sequence[Node]) -> tuple[str, ...]:
+    if not nodes:
+        return ()
+    named = ", ".join(f"[{node.lo}, {node.hi})" for node in nodes)
+    return (f"residuals of sums over {named} are dropped: in this run nobody sends these sums through Ray",)

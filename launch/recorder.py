@@ -105,7 +105,9 @@ class Recorder:
         }
 
     def _save(self, state: State) -> None:
-        save_checkpoint(self._folder.checkpoints, state, checkpoint_meta(self._run))
+        # The residuals' dtype does not stop a resume: with another one they are dropped.
+        meta = {**checkpoint_meta(self._run), "wire_precision": self._run.config.wire_precision}
+        save_checkpoint(self._folder.checkpoints, state, meta)
 
     def finish(self, state: State) -> dict[str, Any]:
         """Write the last checkpoint and summary.json; gives the summary back."""
@@ -143,6 +145,7 @@ class Recorder:
             "simulated": self._run.simulated,
             "threads_per_device": config.threads,
             "precision": config.precision,
+            "wire_precision": config.wire_precision,
             "channels_last": config.channels_last,
             "data": config.data,
             "recipe": config.recipe,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from launch.config import RunConfig
-from launch.console import RunConsole, start_block
+from launch.console import RunConsole, as_note, start_block
 from launch.drivers import drive
 from launch.environment import environment
 from launch.recorder import Recorder, checkpoint_meta
@@ -58,7 +58,7 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
     check_install()
     torch.set_num_threads(config.threads)
     resolved = resolve(config)
-    resume = _resume(resolved)
+    resume, notices = _resume(resolved)
     rank = torchrun_rank() if config.backend == "ddp" else None
     writes = rank is None or rank.rank == 0
     folder = RunFolder.choose(config) if writes else RunFolder(Path(config.out) / (config.name or "unnamed"))
@@ -75,7 +75,7 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
         if resume is not None:
             folder.cut_back(resume.version, RunFolder.of_checkpoint(Path(str(config.resume))))
     console = RunConsole(resolved.worker.plan.steps, resume.version if resume else 0, quiet=quiet)
-    console.say(start_block(resolved) + f"\nfolder    {folder.path}")
+    console.say("\n".join([start_block(resolved), f"folder    {folder.path}", *map(as_note, notices)]))
     try:
         with _status(folder, active=writes) as status:
             summary, stopped = _record(resolved, folder, console, resume, in_session=in_session)
@@ -96,10 +96,10 @@ def _launch_ranks(resolved: Resolved, folder: RunFolder, *, quiet: bool) -> RunR
     return RunResult(folder.path, read_json(folder.path / "summary.json"), code)
 
 
-def _resume(resolved: Resolved) -> State | None:
-    """The state to go on from, checked against the run's settings."""
+def _resume(resolved: Resolved) -> tuple[State | None, list[str]]:
+    """The state to go on from, checked against the run's settings, and what the user should know of it."""
     if resolved.config.resume is None:
-        return None
+        return None, []
     path = find_checkpoint(Path(resolved.config.resume).expanduser())
     state, meta = load_checkpoint(path)
     for name, value in checkpoint_meta(resolved).items():
@@ -113,7 +113,11 @@ def _resume(resolved: Resolved) -> State | None:
             f"--resume {path}: it has {state.version} steps already, and the run ends at "
             f"{resolved.worker.plan.steps}: raise --steps or --epochs"
         )
-    return state
+    before, now = meta.get("wire_precision"), resolved.config.wire_precision
+    if state.residuals and before != now:
+        dropped = f"residuals in the checkpoint are dropped: it has --wire-precision {before}, this run has {now}"
+        return replace(state, residuals={}), [dropped]
+    return state, []
 
 
 @contextmanager
@@ -168,6 +172,8 @@ def _record(
         if rank is not None and rank.rank != 0:
             last = max((report.step for report in running.reports), default=last)
             return {}, last < run.worker.plan.steps
+        for notice in running.notices:
+            console.say(as_note(notice))
         folder.write("processes.json", [process._asdict() for process in running.processes])
         recorder = Recorder(run, folder, console, running.state_at)
         for report in running.reports:

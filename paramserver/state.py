@@ -9,6 +9,7 @@ from torch import Tensor
 
 from paramserver.errors import ReplicaMismatch
 from paramserver.partition import BUFFERS, Partition
+from paramserver.residuals import Residuals
 
 __all__ = ["ServerSnapshot", "SliceSnapshot", "State", "assemble", "slice_optimizer_state"]
 
@@ -26,6 +27,8 @@ class State:
     """Frozen keys."""
     optimizer: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """Optimizer state by key: tensors of the key's shape, and scalars. Empty before the first step."""
+    residuals: Residuals = field(default_factory=dict)
+    """What rounding on the wire has left over; no update writes it, and any run can go on without it."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers, as ``nn.Module.load_state_dict`` takes them."""

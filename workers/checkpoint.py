@@ -10,9 +10,12 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from paramserver.errors import CheckpointError
 from paramserver.fingerprint import fingerprint
+from paramserver.reduction import Node
+from paramserver.residuals import Residuals
 from paramserver.state import State
 
 __all__ = ["find_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -22,6 +25,8 @@ _FORMAT = 2
 
 def save_checkpoint(folder: Path, state: State, meta: Mapping[str, Any]) -> Path:
     """Write ``folder/step_<n>/`` with model.safetensors, trainer.pt and meta.json; gives its path back.
+
+    Residuals, if there are any, go to residuals.safetensors as ``lo-hi/key`` for the tree node over ``[lo, hi)``.
 
     Args:
         folder: where checkpoints of the run lie.
@@ -48,6 +53,10 @@ def save_checkpoint(folder: Path, state: State, meta: Mapping[str, Any]) -> Path
         "state_fingerprint": fingerprint(state.everything()),
         **meta,
     }
+    if state.residuals:
+        residuals = _named(state.residuals)
+        safetensors.torch.save_file(residuals, temporary / "residuals.safetensors")
+        about["residual_fingerprint"] = fingerprint(residuals)
     (temporary / "meta.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for file in temporary.iterdir():
         _flush(file)
@@ -57,6 +66,23 @@ def save_checkpoint(folder: Path, state: State, meta: Mapping[str, Any]) -> Path
     os.replace(temporary, target)
     _flush(folder)
     return target
+
+
+def _named(residuals: Residuals) -> dict[str, Tensor]:
+    return {
+        f"{node.lo}-{node.hi}/{key}": value.contiguous()
+        for node, by_key in residuals.items()
+        for key, value in by_key.items()
+    }
+
+
+def _by_node(named: Mapping[str, Tensor]) -> Residuals:
+    residuals: dict[Node, dict[str, Tensor]] = {}
+    for name, value in named.items():
+        node, _, key = name.partition("/")
+        lo, _, hi = node.partition("-")
+        residuals.setdefault(Node(int(lo), int(hi)), {})[key] = value
+    return residuals
 
 
 def _flush(path: Path) -> None:
@@ -91,6 +117,8 @@ def load_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
         meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         model = safetensors.torch.load_file(path / "model.safetensors")
         trainer = torch.load(path / "trainer.pt", weights_only=True)
+        has_residuals = "residual_fingerprint" in meta
+        residuals = safetensors.torch.load_file(path / "residuals.safetensors") if has_residuals else {}
         integers, constants = set(trainer["integers"]), set(trainer["constants"])
         state = State(
             version=trainer["version"],
@@ -98,6 +126,7 @@ def load_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
             integers={name: model[name] for name in integers},
             constants={name: model[name] for name in constants},
             optimizer=trainer["optimizer"],
+            residuals=_by_node(residuals),
         )
     except Exception as error:  # whatever a torn file makes a parser raise
         raise CheckpointError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from error
@@ -108,4 +137,6 @@ def load_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
         )
     if fingerprint(state.everything()) != meta.get("state_fingerprint") or meta.get("step") != state.version:
         raise CheckpointError(f"checkpoint {path} is damaged: its state does not have the fingerprint in meta.json")
+    if has_residuals and fingerprint(residuals) != meta["residual_fingerprint"]:
+        raise CheckpointError(f"checkpoint {path} is damaged: its residuals do not have the fingerprint in meta.json")
     return state, meta

@@ -1,11 +1,12 @@
 """What workers say of committed steps and of evaluations, and how the reports of several are put together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from models.task import Metric
 from paramserver.messages import Commit
+from paramserver.residuals import SliceResiduals
 from workers.timing import PHASES
 
 __all__ = ["EvaluationReport", "LedgerRow", "StepReport", "merge_evaluations", "merge_steps"]
@@ -39,6 +40,8 @@ class StepReport:
     """Exposed time by stage."""
     stop: bool
     """Whether this was the last step of this process."""
+    residuals: SliceResiduals = field(default_factory=dict)
+    """What rounding has left over in this process, where a checkpoint is due of this version."""
 
     @property
     def loss(self) -> float:
@@ -75,6 +78,7 @@ def merge_steps(reports: Sequence[StepReport]) -> StepReport:
         ledger=tuple(sorted(row for report in ordered for row in report.ledger)),
         step_ms=sum(report.step_ms for report in ordered) / len(ordered),
         phases_ms=phases,
+        residuals={place: value for report in ordered for place, value in report.residuals.items()},
     )
 
 

@@ -76,3 +76,21 @@ def test_a_run_on_two_nodes_has_the_bits_of_single(head: str, tmp_path: Path, nu
     assert len(nodes["relay"]) == (len(apart) if transport == "auto" else 0)
     single = train(tmp_path, "single", backend="single", **settings)
     assert joined["fingerprint"] == single.summary["fingerprint"]
+
+
+@pytest.mark.slow
+def test_a_run_on_two_nodes_rounds_between_them_and_can_be_gone_on_from(head: str, tmp_path: Path) -> None:
+    """Ray places the second run as it likes: relays take residuals up, or what is dropped is said."""
+    _ray_start(f"--address={head}", "--num-cpus=1")
+    settings = {**SMALL["ssd"], **HARD, "wire_precision": "bf16", "checkpoint_every": 3, "out": tmp_path}
+    options = [f"--{key.replace('_', '-')}={str(value).lower()}" for key, value in settings.items() if key != "task"]
+    options += ["--workers=3", f"--address={head}"]
+    shown = {}
+    for name, more in (("whole", []), ("on", [f"--resume={tmp_path}/whole/checkpoints/step_3"])):
+        process = start("train", "ssd", *options, f"--name={name}", *more)
+        shown[name], complaint = process.communicate(timeout=90)
+        assert process.returncode == 0, complaint
+        assert "wire      bf16" in shown[name]
+    assert (tmp_path / "whole" / "checkpoints" / "step_3" / "residuals.safetensors").exists()
+    whole, on = (json.loads((tmp_path / name / "summary.json").read_text()) for name in shown)
+    assert (whole["state_fingerprint"] == on["state_fingerprint"]) != ("are dropped" in shown["on"])

@@ -103,3 +103,9 @@ def test_printed_configuration_can_be_used(tmp_path: Path, capsys: pytest.Captur
     file.write_text(capsys.readouterr().out)
     assert yaml.safe_load(file.read_text())["lr"] == 0.5
     assert parse("--config", str(file)) == parse("ssd", "--lr", "0.5", "--channels-last")
+
+
+def test_bench_checks_equality_and_so_has_no_wire_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "ssd", "--wire-precision", "bf16"]) == 2
+    complaint = capsys.readouterr().err.strip()
+    assert complaint == "pushpull: unknown argument --wire-precision: another command has it, this one does not"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.config import RunConfig, parse_image_size, parse_pairs
+from launch.config import Backend, RunConfig, parse_image_size, parse_pairs
 from paramserver.errors import ConfigError
 
 
@@ -14,11 +14,18 @@ from paramserver.errors import ConfigError
         ("eval_every", -1, "--eval-every is -1: it must be 0 or more"),
         ("step_timeout", 0.0, "--step-timeout is 0.0: it must be above 0 seconds"),
         ("backend", "dpp", "backend is 'dpp': use one of single, ps, ddp"),
+        ("wire_precision", "fp8", "wire_precision is 'fp8': use one of fp32, bf16, fp16"),
     ],
 )
 def test_value_that_cannot_work(field: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig(**{field: value})
+
+
+@pytest.mark.parametrize("backend", ["single", "ddp"])
+def test_only_ps_has_a_wire(backend: Backend) -> None:
+    with pytest.raises(ConfigError, match=f"bf16 with --backend {backend}: only ps .*; say --backend ps or --wire"):
+        RunConfig(backend=backend, wire_precision="bf16")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Checkpoints go around to the bit, load outside of PushPull, and are refused when torn."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.errors import CheckpointError
 from paramserver.fingerprint import fingerprint
+from paramserver.reduction import Node
 from paramserver.state import State
 from tests.support.tiny_task import TinyNet, TinyTask
 from tests.support.training import Run, train_single, train_workers
@@ -122,3 +124,44 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="step_1"):
         load_checkpoint(path)
     assert not (tmp_path / "trace").exists()
+
+
+def _with_residuals(state: State) -> State:
+    generator = torch.Generator().manual_seed(0)
+    residuals = {
+        Node(lo, lo + 2): {name: torch.randn(state.values[name].shape, generator=generator) for name in state.optimizer}
+        for lo in (0, 2)
+    }
+    return replace(state, residuals=residuals)
+
+
+def test_residuals_go_around_by_tree_node_and_key(tmp_path: Path) -> None:
+    state = _with_residuals(_train("sgd", 1).state)
+    path = save_checkpoint(tmp_path, state, {})
+    assert "0-2/stem.weight" in safetensors.torch.load_file(path / "residuals.safetensors")
+    loaded, meta = load_checkpoint(path)
+    assert loaded.residuals.keys() == state.residuals.keys() == {Node(0, 2), Node(2, 4)}
+    for node, by_key in state.residuals.items():
+        assert fingerprint(loaded.residuals[node]) == fingerprint(by_key)
+    assert meta["state_fingerprint"] == fingerprint(replace(state, residuals={}).everything())
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "changed"])
+def test_residuals_that_are_damaged_are_refused(harm: str, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, _with_residuals(_train("sgd", 1).state), {})
+    file = path / "residuals.safetensors"
+    residuals = safetensors.torch.load_file(file)
+    if harm == "missing":
+        file.unlink()
+    elif harm == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        safetensors.torch.save_file({**residuals, "0-2/stem.weight": residuals["0-2/stem.weight"] + 1}, file)
+    with pytest.raises(CheckpointError, match=r"step_1.*residuals" if harm != "cut" else "step_1"):
+        load_checkpoint(path)
+
+
+def test_single_goes_on_without_residuals(tmp_path: Path) -> None:
+    state = _train("sgd", 2).state
+    loaded, _ = load_checkpoint(save_checkpoint(tmp_path, _with_residuals(state), {}))
+    assert _train("sgd", 3, loaded).fingerprint == _train("sgd", 3, state).fingerprint
