@@ -319,6 +319,7 @@ class Hub:
         finally:
             for helper in helpers:
                 helper.result()
+        self._tell_written(version)  # of what other threads wrote last
         self._wall += time.perf_counter() - begin
 
     _wall = 0.0
