@@ -22,7 +22,7 @@ from models.errors import TaskError
 from models.registry import TaskSource
 from paramserver.errors import PushPullError, ReplicaMismatch, ServerLost, StepTimeout, WorkerLost
 from paramserver.partition import Partition
-from paramserver.reduction import Node
+from paramserver.reduction import Node, maximal_nodes
 from paramserver.state import State, assemble
 from paramserver.transport.channel import Address
 from workers.minibatch import deal_runs
@@ -56,6 +56,8 @@ class Coordinator:
         self._workers = [self._start_worker(index, source) for index in range(config.worker.num_workers)]
         self._relays: list[Any] = []
         self.places: dict[str, list[Place]] = {}
+        self.notices: list[str] = []
+        """What the user should know of how the run is spread, once it is started."""
 
     def _start_server(self, index: int, partition: Partition, state: Any) -> Any:
         config = self._config
@@ -152,12 +154,25 @@ class Coordinator:
             if not far:
                 continue
             inside = [run for place, run in zip(places, runs, strict=True) if place.node == node]
-            relay = self._start_relay(node, range(inside[0].start, inside[-1].stop))
+            run = range(inside[0].start, inside[-1].stop)
+            self._note_tree_nodes(node, run)
+            relay = self._start_relay(node, run)
             self._relays.append(relay)
-            rounding = self._roundings.deal(range(inside[0].start, inside[-1].stop), far)
+            rounding = self._roundings.deal(run, far)
             opened = relay.open.remote(self._servers, far, next(iter(here.values()), None), rounding)
             self.places["relay"].append(self._started("relay", len(self._relays) - 1, relay.place.remote(), deadline))
             here.update(self._started("relay", len(self._relays) - 1, opened, deadline))
+
+    def _note_tree_nodes(self, node: str, run: range) -> None:
+        M = self._config.worker.plan.microbatches
+        count = len(maximal_nodes(run.start, run.stop, M))
+        if count > 1:
+            host = next(place.host for place in self.places["worker"] if place.node == node)
+            self.notices.append(
+                f"{host} (node {node[:8]}) sends {count} tree nodes of the parameters' size a step, for microbatches "
+                f"[{run.start}, {run.stop}) of {M}: it is 1 where M / nodes is a power of two and all nodes have as "
+                "many workers"
+            )
 
     def _round_pushes(self) -> None:
         """Workers round what they push through Ray; in shared memory there is no wire."""

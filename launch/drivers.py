@@ -132,7 +132,7 @@ def _param_server(run: Resolved, resume: State | None, *, in_session: bool) -> I
                 coordinator.run(stop),
                 lambda version: coordinator.state(version, release=version in held),
                 processes,
-                _dropped(coordinator.dropped_residuals),
+                (*coordinator.notices, *_dropped(coordinator.dropped_residuals)),
             )
 
 

@@ -66,7 +66,7 @@ def test_a_run_on_two_nodes_has_the_bits_of_single(head: str, tmp_path: Path, nu
     options = [f"--{key.replace('_', '-')}={str(value).lower()}" for key, value in settings.items() if key != "task"]
     options += ["--backend=ps", f"--workers={workers}", f"--servers={num_servers}", f"--transport={transport}"]
     process = start("train", "fcn", *options, f"--address={head}", f"--out={tmp_path}", "--name=ps")
-    _, complaint = process.communicate(timeout=90)
+    said, complaint = process.communicate(timeout=90)
     assert process.returncode == 0, complaint
     joined = json.loads((tmp_path / "ps" / "summary.json").read_text())
     processes = json.loads((tmp_path / "ps" / "processes.json").read_text())
@@ -74,6 +74,9 @@ def test_a_run_on_two_nodes_has_the_bits_of_single(head: str, tmp_path: Path, nu
     assert len({*nodes["worker"], *nodes["server"]}) == 2
     apart = {node for node in nodes["worker"] if set(nodes["server"]) != {node}}
     assert len(nodes["relay"]) == (len(apart) if transport == "auto" else 0)
+    # Of microbatches [0, 2), [2, 3) and [3, 4) the first two together are no tree node.
+    uneven = transport == "auto" and nodes["worker"].count(nodes["worker"][0]) == 2 and nodes["worker"][0] in apart
+    assert ("sends 2 tree nodes" in said) == uneven
     single = train(tmp_path, "single", backend="single", **settings)
     assert joined["fingerprint"] == single.summary["fingerprint"]
 
