@@ -293,7 +293,8 @@ class WorkerActor:
         self._arena_dir = Path(arena_dir)
         self._task = build_task(source, options)
         self._config = replace(config, device_index=_gpu_index(config))
-        self._parts = build_parts(self._task, self._config, optimizer, servers)
+        # Not the initial state, which the servers have: it is as large as the model.
+        self._replica = build_parts(self._task, self._config, optimizer, servers).replica
 
     def place(self) -> Place:
         """Where this worker runs, and what kind of device it is."""
@@ -310,10 +311,10 @@ class WorkerActor:
             addresses: where each is reached by shared memory, itself or a relay; empty if Ray is to carry everything.
             rounding: how contributions are rounded that Ray carries, if they are.
         """
-        config, partition = replace(self._config, worker=index), self._parts.partition
+        config, partition = replace(self._config, worker=index), self._replica.partition
         feedback = ErrorFeedback(rounding.precision, partition, rounding.residuals) if rounding else None
         transport = route(servers, addresses, partition, self._arena_dir, feedback)
-        worker, backend = build_param_server_worker(self._task, config, self._parts, transport)
+        worker, backend = build_param_server_worker(self._task, config, self._replica, transport)
         held = frozenset(rounding.held_versions if rounding else ())
         try:
             for report in worker.run():

@@ -112,16 +112,23 @@ class HeldSlice:
         old, new = self._chunks[version % 2], self._chunks[(version + 1) % 2]
         lo, hi = self._ranges[part]
         begin = time.perf_counter()
-        mean = self._mean_of(lo, hi, divisor, scratch) if self._mean is None else self._mean[lo:hi]
-        summed = time.perf_counter()
-        if self.piece.group == BUFFERS:
-            torch.add(old[part], mean, out=new[part])
+        optimizer = None if self.piece.group == BUFFERS else self._optimizers[part]
+        if self._mean is None and optimizer is not None and optimizer.divides(version):
+            total = scratch.sum(self._sum, lo, hi)
+            summed = time.perf_counter()
+            self._refuse_non_finite(total, lo, hi, version + 1)
+            optimizer.step_sum(version, total, divisor, lr)
         else:
-            if scale is None:
-                self._refuse_non_finite(mean, lo, hi, version + 1)
-            elif scale != 1.0:
-                mean.mul_(scale)
-            self._optimizers[part].step(version, mean, lr)
+            mean = self._mean_of(lo, hi, divisor, scratch) if self._mean is None else self._mean[lo:hi]
+            summed = time.perf_counter()
+            if optimizer is None:
+                torch.add(old[part], mean, out=new[part])
+            else:
+                if scale is None:
+                    self._refuse_non_finite(mean, lo, hi, version + 1)
+                elif scale != 1.0:
+                    mean.mul_(scale)
+                optimizer.step(version, mean, lr)
         scratch.busy["aggregate"] += summed - begin
         scratch.busy["update"] += time.perf_counter() - summed
         self._done.add(part)
@@ -134,12 +141,12 @@ class HeldSlice:
             optimizer.skip(version)
         self._done.update(self.parts)
 
-    def _refuse_non_finite(self, mean: Tensor, lo: int, hi: int, step: int) -> None:
+    def _refuse_non_finite(self, gradient: Tensor, lo: int, hi: int, step: int) -> None:
         # A sum is far cheaper than isfinite; it may overflow by itself, so that is looked at again.
-        if math.isfinite(float(mean.sum())):
+        if math.isfinite(float(gradient.sum())):
             return
         for key, first, last in self._keys:
-            inside = mean[max(first - lo, 0) : max(min(last, hi) - lo, 0)]
+            inside = gradient[max(first - lo, 0) : max(min(last, hi) - lo, 0)]
             if not bool(torch.isfinite(inside).all()):
                 raise non_finite_gradient(key.name, step)
 

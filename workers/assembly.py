@@ -61,20 +61,20 @@ def build_single_worker(
 
 
 def build_param_server_worker(
-    task: Task, config: WorkerConfig, parts: Parts, transport: Transport
+    task: Task, config: WorkerConfig, replica: Replica, transport: Transport
 ) -> tuple[Worker, ParamServerBackend]:
     """One worker of a parameter-server run."""
-    client = Client(config.worker, parts.partition, transport, config.step_timeout_s)
+    client = Client(config.worker, replica.partition, transport, config.step_timeout_s)
     run = deal_runs(config.plan.microbatches, config.num_workers)[config.worker]
     backend = ParamServerBackend(
-        parts.replica,
+        replica,
         client,
         run,
         config.plan.microbatches,
         overlap=config.overlap,
         early_forward=config.early_forward,
     )
-    return Worker(task, config, parts.replica, backend), backend
+    return Worker(task, config, replica, backend), backend
 
 
 def build_ddp_worker(

@@ -62,7 +62,8 @@ def _spec(name: str, value: Tensor, group: int) -> KeySpec:
     return KeySpec(name, tuple(value.shape), tuple(value.stride()), group)
 
 
-_KEPT_VIEWS = 8
+_KEPT_VIEWS = 2
+"""Both versions of an arena: what the replica was made with is given back then."""
 
 
 class _Views(NamedTuple):

@@ -2,10 +2,11 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,73 +35,57 @@ def idle_mib() -> float:
         return unshared_mib(ray.get(actor.pid.remote()))
 
 
+def _train(folder: Path, *, task: str, **settings: Any) -> "subprocess.Popen[str]":
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    return start("train", task, *options, "--backend=ps", "--evaluate=false", f"--out={folder}", "--name=ps")
+
+
 def _pids(folder: Path, role: str) -> list[int]:
     return [p["pid"] for p in json.loads((folder / "processes.json").read_text()) if p["role"] == role]
 
 
-@pytest.fixture
-def plain_loop(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[int]:
-    """Process id of a plain torch loop that trains on."""
-    settings, result = tmp_path / "run.json", tmp_path / "steps.json"
-    write_json(settings, RunConfig(**request.param, backend="single", steps=1000, evaluate=False).to_dict())
-    process = subprocess.Popen([sys.executable, "-P", "-m", "launch.bench_baseline", str(settings), str(result)])
-    yield process.pid
-    process.kill()
-    process.wait()
-
-
-FULL = {
+FULL: dict[str, tuple[dict[str, Any], int]] = {
     "ssd": ({"task": "ssd", "image_size": "256", "batch_size": 16}, 20),
     "fcn": ({"task": "fcn", "image_size": "320x480", "batch_size": 8}, 14),
 }
 """Full-size images, and how many steps it takes until neither heap grows."""
 
 
+def _worker_and_plain_loop(folder: Path, settings: dict[str, Any], steps: int) -> tuple[float, float]:
+    """MiB of each; both train at once, so that neither has torch's libraries to itself."""
+    run, result = folder / "run.json", folder / "steps.json"
+    write_json(run, RunConfig(**settings, backend="single", steps=1000, evaluate=False).to_dict())
+    plain = subprocess.Popen([sys.executable, "-P", "-m", "launch.bench_baseline", str(run), str(result)])
+    process = _train(folder, workers=1, microbatches=1, steps=1000, **settings)
+    try:
+        wait_for_line(process, f"step {steps}/")
+        (worker,) = _pids(folder / "ps", "worker")
+        return unshared_mib(worker), unshared_mib(plain.pid)
+    finally:
+        plain.kill()
+        plain.wait()
+        process.terminate()
+        process.communicate(timeout=60)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("plain_loop", "settings", "steps"), [(s, s, n) for s, n in FULL.values()], ids=FULL, indirect=["plain_loop"]
-)
+@pytest.mark.parametrize(("settings", "steps"), FULL.values(), ids=FULL)
 def test_a_worker_holds_little_more_than_a_plain_loop(
-    tmp_path: Path, idle_mib: float, plain_loop: int, settings: dict[str, object], steps: int
+    tmp_path: Path, idle_mib: float, settings: dict[str, Any], steps: int
 ) -> None:
-    """Both run at once, so that neither has torch's libraries to itself."""
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "task"]
-    process = start(
-        "train",
-        str(settings["task"]),
-        *options,
-        "--backend=ps",
-        "--workers=1",
-        "--microbatches=1",
-        "--evaluate=false",
-        "--steps=1000",
-        f"--out={tmp_path}",
-        "--name=ps",
-    )
-    wait_for_line(process, f"step {steps}/")
-    (worker,) = _pids(tmp_path / "ps", "worker")
-    held, plain = unshared_mib(worker), unshared_mib(plain_loop)
-    process.terminate()
-    process.communicate(timeout=60)
-    print(f"{settings['task']}: worker {held:.0f} MiB, plain loop {plain:.0f} MiB, idle actor {idle_mib:.0f} MiB")
-    assert held <= plain + idle_mib + ALLOWED_MIB
+    """Medians of three: how a heap is cut up is chance, and moves either by a tenth."""
+    found = []
+    for repeat in range(3):
+        (tmp_path / str(repeat)).mkdir()
+        found.append(_worker_and_plain_loop(tmp_path / str(repeat), settings, steps))
+    worker, plain = (statistics.median(values) for values in zip(*found, strict=True))
+    print(f"{settings['task']}: worker {worker:.0f} MiB, plain loop {plain:.0f} MiB, idle actor {idle_mib:.0f} MiB")
+    assert worker <= plain + idle_mib + ALLOWED_MIB
 
 
 @pytest.mark.slow
 def test_nothing_grows_over_500_steps(tmp_path: Path) -> None:
-    process = start(
-        "train",
-        "ssd",
-        "--image-size=64",
-        "--batch-size=8",
-        "--backend=ps",
-        "--workers=2",
-        "--microbatches=2",
-        "--evaluate=false",
-        "--steps=700",
-        f"--out={tmp_path}",
-        "--name=ps",
-    )
+    process = _train(tmp_path, task="ssd", image_size=64, batch_size=8, workers=2, microbatches=2, steps=700)
     roles = ("driver", "server", "worker")
     held = []
     for step in (100, 600):
@@ -116,19 +101,8 @@ def test_nothing_grows_over_500_steps(tmp_path: Path) -> None:
 def test_shared_memory_is_what_the_arenas_take(tmp_path: Path) -> None:
     """Two versions of the parameters, and a vector for each worker."""
     workers = 3
-    process = start(
-        "train",
-        "ssd",
-        "--image-size=64",
-        "--batch-size=8",
-        "--backend=ps",
-        f"--workers={workers}",
-        "--microbatches=4",
-        "--servers=2",
-        "--evaluate=false",
-        "--steps=1000",
-        f"--out={tmp_path}",
-        "--name=ps",
+    process = _train(
+        tmp_path, task="ssd", image_size=64, batch_size=8, workers=workers, microbatches=4, servers=2, steps=1000
     )
     wait_for_line(process, "step 2/")
     folder = tmp_path / "ps"

@@ -106,7 +106,9 @@ def train_workers(
         with baton, _failure_ends_all_waits(group):
             own = replace(config, worker=index)
             transport = _BatonTransport(group, baton)
-            worker, _ = build_param_server_worker(task, own, build_parts(task, own, optimizer, servers), transport)
+            worker, _ = build_param_server_worker(
+                task, own, build_parts(task, own, optimizer, servers).replica, transport
+            )
             return list(worker.run())
 
     with ThreadPoolExecutor(config.num_workers) as pool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paramserver.config import OptimizerConfig
 from paramserver.optimizer import SliceOptimizer, build_slice_optimizer
-from tests.support.servers import Fleet, bits_equal
+from tests.support.servers import Fleet, bits_equal, rows_of
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1},
@@ -54,6 +54,21 @@ def test_slices_equal_torch_optim_on_whole_tensors(settings: dict[str, Any], sli
             value.grad = gradients[name].clone()
         optimizer.step()
         fleet.step(gradients)
+        assert bits_equal(dict(fleet.state().values), plain), f"after step {step + 1}"
+
+
+@every_optimizer
+def test_a_sum_is_divided_first(settings: dict[str, Any]) -> None:
+    """By a number that leaves nothing as it is: (sum / weight), rounded, is the gradient."""
+    plain = {name: value.clone() for name, value in _model().items()}
+    optimizer = _plain_optimizer(settings, list(plain.values()))
+    fleet = Fleet(_model(), OptimizerConfig(**settings), slice_bytes=512)
+    for step in range(5):
+        sums = _model(seed=100 + step)
+        for name, value in plain.items():
+            value.grad = sums[name] / torch.tensor(7.0)
+        optimizer.step()
+        fleet.step(sums, stats=rows_of(fleet.root, weight=7.0))
         assert bits_equal(dict(fleet.state().values), plain), f"after step {step + 1}"
 
 

@@ -121,7 +121,7 @@ def test_a_run_that_begins_early_has_the_bits_of_one_that_waits(overlap: bool) -
     server = Server(0, parts.partition, OPTIMIZER, PLAN.microbatches, parts.state, memory=versions.vectors)
     hub = Hub(server, versions, threads=2, least_elements=1)
     transport = SharedMemoryTransport({0: hub.address}, parts.partition)
-    worker, backend = build_param_server_worker(TinyTask(), config, parts, transport)
+    worker, backend = build_param_server_worker(TinyTask(), config, parts.replica, transport)
     with mock.patch.object(backend, "ahead", wraps=backend.ahead) as ahead:
         reports = [report for report in worker.run() if isinstance(report, StepReport)]
     state = assemble(parts.partition, [server.snapshot(PLAN.steps)])
