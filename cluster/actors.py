@@ -107,7 +107,6 @@ class ServerActor:
         self._peers: list[Any] = []
         self._waiting: list[asyncio.Future[None]] = []
         self._published: tuple[int, list[tuple[tuple[int, ...], list[Any]]]] = (-1, [])
-        self._pulled_by_ray = False
         self._reports: dict[int, Report] = {}
         self._decision: asyncio.Future[Decision] | None = None
 
@@ -147,7 +146,6 @@ class ServerActor:
             threads=self._threads,
             before_update=lambda: server.vote(ask),
             on_change=self._changed,
-            on_written=self._written,
         )
         return self._hub.address
 
@@ -155,14 +153,13 @@ class ServerActor:
         """In the hub's thread: a version was committed, or the run failed here."""
         if commit is not None and commit.version in self._held_versions:
             self._server.hold(commit.version)
-        if commit is not None:
+        if commit is not None and self._hub.on_written is not None:
             self._written(commit.version, self._partition.by_server[self._index])
         self._loop.call_soon_threadsafe(self._wake)
 
     def _written(self, version: int, pieces: Sequence[Slice]) -> None:
         """In the hub's thread: slices have a version that is not committed yet."""
-        if self._pulled_by_ray:
-            self._loop.call_soon_threadsafe(self._publish, version, pieces)
+        self._loop.call_soon_threadsafe(self._publish, version, pieces)
 
     def _publish(self, version: int, pieces: Sequence[Slice]) -> None:
         """Put slices into Ray's object store, for whoever waits for ``arrivals``."""
@@ -230,7 +227,7 @@ class ServerActor:
             left_s: how long to wait.
             timeout_s: how long the caller has waited in all by then.
         """
-        self._pulled_by_ray = True
+        self._hub.on_written = self._written
         try:
             async with asyncio.timeout(left_s):
                 while self._hub.failure is None and (self._hub.last is None or self._hub.last.version < version):

@@ -120,8 +120,7 @@ class Hub:
         threads: how many threads sum and update.
         before_update: called in the hub's thread before slices are updated, to take a vote that is due.
         on_change: called in the hub's thread after every commit, and with None after a failure.
-        on_written: called in the hub's thread with a version and slices that have it before it is committed.
-        least_elements: how many of them it takes for that; waiting workers are told of a third of all.
+        least_elements: how many slices' elements it takes to call ``on_written``; waiting workers are told of a third.
     """
 
     def __init__(
@@ -132,7 +131,6 @@ class Hub:
         threads: int = 1,
         before_update: Callable[[], None] = lambda: None,
         on_change: Callable[[Commit | None], None] = lambda _: None,
-        on_written: Callable[[int, Sequence[Slice]], None] | None = None,
         least_elements: int = _LEAST_ELEMENTS,
     ) -> None:
         self.failure: BaseException | None = None
@@ -143,8 +141,10 @@ class Hub:
         self.versions = versions
         self._before_update = before_update
         self._on_change = on_change
-        self._on_written = on_written
-        self._watched = on_written is not None
+        self.on_written: Callable[[int, Sequence[Slice]], None] | None = None
+        """Called in the hub's thread with a version and slices that have it before it is committed; costs nothing while
+        it is None and no worker waits for slices."""
+        self._watched = False
         self._pieces = server.partition.by_server[server.index]
         self._scratches = [server.new_scratch() for _ in range(threads)]
         self._helpers = ThreadPoolExecutor(threads - 1) if threads > 1 else None
@@ -326,10 +326,10 @@ class Hub:
 
     def _tell_written(self, version: int) -> None:
         """Wake those who wait for slices, once enough are new to be worth it."""
-        if not self._watched or version != self._server.version + 1:
+        if (self.on_written is None and not self._watched) or version != self._server.version + 1:
             return
-        if self._on_written is not None and (new := self._news_for_owner.take(version)):
-            self._on_written(version, new)
+        if self.on_written is not None and (new := self._news_for_owner.take(version)):
+            self.on_written(version, new)
         watching = [peer for peer in self._peers.values() if peer.watches]
         if watching and self._news_for_peers.take(version):
             payload = encode(Written())
