@@ -21,7 +21,7 @@ _LOOK_S = 1.0
 """How often a wait looks at pushes that were sent meanwhile."""
 _ANSWER_S = 5.0
 _TAKE_S = 300.0
-_UNDER_WAY_BYTES = 16 << 20
+_UNDER_WAY_BYTES = 8 << 20
 """What is asked for comes behind everything that is under way: more of it would keep a server's slices from coming back
 while others go up (8 MiB take 70 ms at 1 Gb/s)."""
 

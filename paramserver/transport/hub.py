@@ -46,8 +46,8 @@ __all__ = ["Hub"]
 T = TypeVar("T")
 
 _THRESHOLDS = 3
-_LEAST_ELEMENTS = 1 << 21
-"""8 MiB: for less nobody is told before the commit."""
+_LEAST_ELEMENTS = 1 << 20
+"""4 MiB: for less nobody is told before the commit."""
 
 
 class Served(Protocol):

@@ -17,8 +17,8 @@ from paramserver.transport.versions import VersionsArena
 
 __all__ = ["Relay"]
 
-_MESSAGE_ELEMENTS = 1 << 21
-"""8 MiB: slices that wait are sent together up to this size, since a message costs up to a millisecond."""
+_MESSAGE_ELEMENTS = 1 << 20
+"""4 MiB: slices that wait are sent together up to this size, since a message costs up to a millisecond."""
 
 
 class Relay:
