@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.processes import end_processes_of, start
 from tests.support.runs import HARD, SMALL, train
+
+StartHead = Callable[[int], str]
+HARD_BUT_SHORT = {**HARD, "steps": 3}
 
 
 def _ray_start(*options: str) -> None:
@@ -24,8 +27,8 @@ def _ray_start(*options: str) -> None:
 
 
 @pytest.fixture
-def head(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A Ray head with a token of its own."""
+def start_head(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartHead]:
+    """Starts a Ray head with so many CPUs and a token of its own; gives its address."""
     folder = tmp_path_factory.mktemp("ray", numbered=True)
     token = folder / "token"
     token.touch(mode=0o600)
@@ -36,14 +39,20 @@ def head(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     home = Path(tempfile.mkdtemp(prefix="pp-"))  # a socket's path may have about 108 bytes: pytest's are too long
-    _ray_start("--head", f"--port={port}", "--num-cpus=3", "--include-dashboard=false", f"--temp-dir={home}")
-    yield f"127.0.0.1:{port}"
+
+    def start_it(num_cpus: int) -> str:
+        cpus = f"--num-cpus={num_cpus}"
+        _ray_start("--head", f"--port={port}", cpus, "--include-dashboard=false", f"--temp-dir={home}")
+        return f"127.0.0.1:{port}"
+
+    yield start_it
     end_processes_of({str(home)})  # "ray stop" would end every cluster of this machine
     shutil.rmtree(home, ignore_errors=True)
 
 
-def test_a_run_on_a_joined_cluster_has_the_bits_of_single(head: str, tmp_path: Path) -> None:
+def test_a_run_on_a_joined_cluster_has_the_bits_of_single(start_head: StartHead, tmp_path: Path) -> None:
     """In a process of its own: Ray reads a token once, and this one may have used another."""
+    head = start_head(3)
     settings = {**SMALL["ssd"], **HARD, "steps": 2}
     options = [f"--{key.replace('_', '-')}={str(value).lower()}" for key, value in settings.items() if key != "task"]
     options += ["--backend=ps", "--workers=2", f"--address={head}", f"--out={tmp_path}", "--name=ps"]
@@ -55,17 +64,52 @@ def test_a_run_on_a_joined_cluster_has_the_bits_of_single(head: str, tmp_path: P
     assert joined["fingerprint"] == single.summary["fingerprint"]
 
 
+EARLY = ["--overlap=true", "--early-forward=true"]
+SPREAD: dict[str, tuple[str, int, int, list[str]]] = {
+    "fcn 3/1": ("fcn", 3, 1, []),
+    "fcn 3/2 early": ("fcn", 3, 2, EARLY),
+}
+"""Task, workers, servers, options; in every run."""
+SLOW_SPREAD: dict[str, tuple[str, int, int, list[str]]] = {
+    "fcn 3/2 ray": ("fcn", 3, 2, ["--transport=ray"]),
+    "fcn 4/2": ("fcn", 4, 2, []),
+    **{f"ssd {n}/{s} early": ("ssd", n, s, EARLY) for n in (1, 2, 3, 4) for s in (1, 2)},
+    **{f"ssd {n}/1": ("ssd", n, 1, []) for n in (1, 2, 4)},
+}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Fingerprint of each task on one device."""
+    out = tmp_path_factory.mktemp("single")
+    runs = {task: train(out, task, backend="single", **SMALL[task], **HARD_BUT_SHORT) for task in SMALL}
+    return {task: run.summary["fingerprint"] for task, run in runs.items()}
+
+
 @pytest.mark.parametrize(
-    ("num_servers", "transport"), [(1, "auto"), (2, "auto"), pytest.param(2, "ray", marks=pytest.mark.slow)]
+    ("task", "workers", "servers", "extra"),
+    [
+        *(pytest.param(*case, id=name) for name, case in SPREAD.items()),
+        *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW_SPREAD.items()),
+    ],
 )
-def test_a_run_on_two_nodes_has_the_bits_of_single(head: str, tmp_path: Path, num_servers: int, transport: str) -> None:
+def test_a_run_on_two_nodes_has_the_bits_of_single(
+    start_head: StartHead,
+    single: dict[str, str],
+    tmp_path: Path,
+    task: str,
+    workers: int,
+    servers: int,
+    extra: list[str],
+) -> None:
     """As many logical CPUs as actors, so that neither node holds them all: workers push to servers elsewhere."""
-    workers = 3
-    _ray_start(f"--address={head}", f"--num-cpus={workers + num_servers - 3}")
-    settings = {**SMALL["fcn"], **HARD, "steps": 2}
+    here = (workers + servers + 1) // 2
+    head = start_head(here)
+    _ray_start(f"--address={head}", f"--num-cpus={workers + servers - here}")
+    settings = {**SMALL[task], **HARD_BUT_SHORT}
     options = [f"--{key.replace('_', '-')}={str(value).lower()}" for key, value in settings.items() if key != "task"]
-    options += ["--backend=ps", f"--workers={workers}", f"--servers={num_servers}", f"--transport={transport}"]
-    process = start("train", "fcn", *options, f"--address={head}", f"--out={tmp_path}", "--name=ps")
+    options += ["--backend=ps", f"--workers={workers}", f"--servers={servers}", *extra]
+    process = start("train", task, *options, f"--address={head}", f"--out={tmp_path}", "--name=ps")
     said, complaint = process.communicate(timeout=90)
     assert process.returncode == 0, complaint
     joined = json.loads((tmp_path / "ps" / "summary.json").read_text())
@@ -73,17 +117,18 @@ def test_a_run_on_two_nodes_has_the_bits_of_single(head: str, tmp_path: Path, nu
     nodes = {role: [p["node"] for p in processes if p["role"] == role] for role in ("worker", "server", "relay")}
     assert len({*nodes["worker"], *nodes["server"]}) == 2
     apart = {node for node in nodes["worker"] if set(nodes["server"]) != {node}}
-    assert len(nodes["relay"]) == (len(apart) if transport == "auto" else 0)
-    # Of microbatches [0, 2), [2, 3) and [3, 4) the first two together are no tree node.
-    uneven = transport == "auto" and nodes["worker"].count(nodes["worker"][0]) == 2 and nodes["worker"][0] in apart
-    assert ("sends 2 tree nodes" in said) == uneven
-    single = train(tmp_path, "single", backend="single", **settings)
-    assert joined["fingerprint"] == single.summary["fingerprint"]
+    relayed = "--transport=ray" not in extra
+    assert len(nodes["relay"]) == (len(apart) if relayed else 0)
+    if workers == 3:  # of microbatches [0, 2), [2, 3) and [3, 4) the first two together are no tree node
+        uneven = relayed and nodes["worker"].count(nodes["worker"][0]) == 2 and nodes["worker"][0] in apart
+        assert ("sends 2 tree nodes" in said) == uneven
+    assert joined["fingerprint"] == single[task]
 
 
 @pytest.mark.slow
-def test_a_run_on_two_nodes_rounds_between_them_and_can_be_gone_on_from(head: str, tmp_path: Path) -> None:
+def test_a_run_on_two_nodes_rounds_between_them_and_can_be_gone_on_from(start_head: StartHead, tmp_path: Path) -> None:
     """Ray places the second run as it likes: relays take residuals up, or what is dropped is said."""
+    head = start_head(3)
     _ray_start(f"--address={head}", "--num-cpus=1")
     settings = {**SMALL["ssd"], **HARD, "wire_precision": "bf16", "checkpoint_every": 3, "out": tmp_path}
     options = [f"--{key.replace('_', '-')}={str(value).lower()}" for key, value in settings.items() if key != "task"]
