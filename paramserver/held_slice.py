@@ -81,17 +81,13 @@ class HeldSlice:
         begin = time.perf_counter()
         mean = self._mean = torch.empty(self.piece.numel)
         for lo, hi in self._ranges:
-            mean[lo:hi] = self._mean_of(lo, hi, divisor, scratch)
+            torch.div(scratch.sum(self._sum, lo, hi), divisor, out=mean[lo:hi])
         rows = [
             (key.offset, self.piece.start + first, key.name, _squared_norm(mean[first:last]))
             for key, first, last in self._keys
         ]
         scratch.busy["aggregate"] += time.perf_counter() - begin
         return rows
-
-    def _mean_of(self, lo: int, hi: int, divisor: Tensor, scratch: Scratch) -> Tensor:
-        """Root of the tree / total weight for one chunk, in scratch memory that the next chunk uses again."""
-        return torch.div(scratch.sum(self._sum, lo, hi), divisor, out=scratch.take(0, hi - lo))
 
     def update(
         self, part: int, version: int, divisor: Tensor, lr: float, scratch: Scratch, scale: float | None = None
@@ -112,23 +108,23 @@ class HeldSlice:
         old, new = self._chunks[version % 2], self._chunks[(version + 1) % 2]
         lo, hi = self._ranges[part]
         begin = time.perf_counter()
-        optimizer = None if self.piece.group == BUFFERS else self._optimizers[part]
-        if self._mean is None and optimizer is not None and optimizer.divides(version):
-            total = scratch.sum(self._sum, lo, hi)
-            summed = time.perf_counter()
-            self._refuse_non_finite(total, lo, hi, version + 1)
-            optimizer.step_sum(version, total, divisor, lr)
+        total = scratch.sum(self._sum, lo, hi) if self._mean is None else None
+        summed = time.perf_counter()
+        if total is None:
+            assert self._mean is not None
+            mean = self._mean[lo:hi]
+            if scale is not None and scale != 1.0:
+                mean.mul_(scale)
+            self._optimizers[part].step(version, mean, lr)
+        elif self.piece.group == BUFFERS:
+            torch.add(old[part], torch.div(total, divisor, out=scratch.take(0, hi - lo)), out=new[part])
         else:
-            mean = self._mean_of(lo, hi, divisor, scratch) if self._mean is None else self._mean[lo:hi]
-            summed = time.perf_counter()
-            if optimizer is None:
-                torch.add(old[part], mean, out=new[part])
+            self._refuse_non_finite(total, lo, hi, version + 1)
+            optimizer = self._optimizers[part]
+            if optimizer.divides(version):
+                optimizer.step_sum(version, total, divisor, lr)
             else:
-                if scale is None:
-                    self._refuse_non_finite(mean, lo, hi, version + 1)
-                elif scale != 1.0:
-                    mean.mul_(scale)
-                optimizer.step(version, mean, lr)
+                optimizer.step(version, torch.div(total, divisor, out=scratch.take(0, hi - lo)), lr)
         scratch.busy["aggregate"] += summed - begin
         scratch.busy["update"] += time.perf_counter() - summed
         self._done.add(part)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from paramserver.client import Client
+from paramserver.errors import ConfigError
 from paramserver.partition import Slice
 from workers.replica import Replica
 
@@ -85,10 +86,18 @@ class PinnedMemory(HostMemory):
                 self._pin(vector)
 
     def _pin(self, vector: Tensor) -> Tensor:
-        """The vector, with its pages locked: only then a copy does not wait."""
+        """The vector, with its pages locked: only then a copy does not wait.
+
+        Raises:
+            ConfigError: if the system does not allow it.
+        """
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = cudart.cudaHostRegister(vector.data_ptr(), vector.numel() * vector.element_size(), 0)
-        torch.cuda.check_error(int(status))
+        num_bytes = vector.numel() * vector.element_size()
+        if int(cudart.cudaHostRegister(vector.data_ptr(), num_bytes, 0)):
+            raise ConfigError(
+                f"CUDA cannot lock {num_bytes >> 20} MiB of host memory: raise the limit (ulimit -l), or let fewer "
+                "workers share this machine"
+            )
         self._pinned.append(vector)
         return vector
 
