@@ -310,7 +310,7 @@ class WorkerActor:
         """
         config, partition = replace(self._config, worker=index), self._replica.partition
         feedback = ErrorFeedback(rounding.precision, partition, rounding.residuals) if rounding else None
-        transport = route(servers, addresses, partition, self._arena_dir, feedback)
+        transport = route(servers, addresses, partition, self._arena_dir, feedback, config.step_timeout_s)
         worker, backend = build_param_server_worker(self._task, config, self._replica, transport)
         held = frozenset(rounding.held_versions if rounding else ())
         try:

@@ -20,7 +20,6 @@ __all__ = ["RayTransport", "WireArrival", "WirePush", "from_wire", "to_wire"]
 _LOOK_S = 1.0
 """How often a wait looks at pushes that were sent meanwhile."""
 _ANSWER_S = 5.0
-_TAKE_S = 300.0
 _UNDER_WAY_BYTES = 8 << 20
 """What is asked for comes behind everything that is under way: more of it would keep a server's slices from coming back
 while others go up (8 MiB take 70 ms at 1 Gb/s)."""
@@ -88,11 +87,13 @@ class RayTransport:
     Args:
         servers: handles of the actors, by index.
         feedback: rounds what is pushed, if anything does.
+        timeout_s: deadline of a wait for the wire, in seconds (``--step-timeout``).
     """
 
-    def __init__(self, servers: Sequence[Any], feedback: ErrorFeedback | None = None) -> None:
+    def __init__(self, servers: Sequence[Any], feedback: ErrorFeedback | None = None, timeout_s: float = 300.0) -> None:
         self.num_servers = len(servers)
         self._feedback = feedback
+        self._timeout_s = timeout_s
         self._servers = list(servers)
         self._pushes: list[dict[Any, int]] = [{} for _ in servers]
         self._arrived: dict[int, _Version] = {}
@@ -119,15 +120,18 @@ class RayTransport:
 
     def _make_room(self, server: int, size: int) -> None:
         """Wait until a push of ``size`` bytes and those under way do not keep the wire from anything else for long."""
-        deadline = time.monotonic() + _TAKE_S
+        deadline = time.monotonic() + self._timeout_s
         while sent := dict(self._pushes[server]):
             if sum(sent.values()) + size <= _UNDER_WAY_BYTES:
                 return
             ready, _ = ray.wait(list(sent), num_returns=1, timeout=_LOOK_S)
             for push in ready:
-                self._settle(server, push, _TAKE_S)
+                self._settle(server, push, self._timeout_s)
             if time.monotonic() > deadline:
-                raise StepTimeout(f"server {server} did not take a push within {_TAKE_S:.0f} s", server=server)
+                raise StepTimeout(
+                    f"server {server} did not take a push within {self._timeout_s:.0f} s (--step-timeout)",
+                    server=server,
+                )
 
     def wait(self, server: int, version: int, timeout_s: float) -> Commit:
         """See ``Transport.wait``."""
@@ -156,7 +160,7 @@ class RayTransport:
             if arrival.commit is None:  # before the tensors are fetched: the way takes as long as a small batch
                 asked = self._ask(server, version, batches, deadline - time.monotonic(), timeout_s)
             for indices, (reference,) in arrival.batches:
-                arrays = self._get(server, reference, timeout_s, f"send version {version}")
+                arrays = self._get(server, reference, self._timeout_s, f"send version {version}")
                 batch = {index: torch.from_numpy(array) for index, array in zip(indices, arrays, strict=True)}
                 slices.update(batch)
                 yield batch
@@ -175,7 +179,7 @@ class RayTransport:
                 break
             for push in ready:  # it was taken, or refused
                 self._settle(server, push, timeout_s)
-        arrival: WireArrival = self._get(server, asked, 0.0, f"commit version {version}")
+        arrival: WireArrival = self._get(server, asked, 0.0, f"commit version {version}", said_s=timeout_s)
         return arrival
 
     def _settle(self, server: int, push: Any, timeout_s: float) -> None:
@@ -201,12 +205,13 @@ class RayTransport:
         for server in {piece.server for piece in pieces}:
             self.wait(server, version, timeout_s)
 
-    def _get(self, server: int, reference: Any, timeout_s: float, what: str) -> Any:
+    def _get(self, server: int, reference: Any, timeout_s: float, what: str, said_s: float | None = None) -> Any:
         try:
             return ray.get(reference, timeout=timeout_s)
         except ray.exceptions.GetTimeoutError:
+            waited_s = timeout_s if said_s is None else said_s
             raise StepTimeout(
-                f"server {server} did not {what} within {timeout_s:.0f} s (--step-timeout)", server=server
+                f"server {server} did not {what} within {waited_s:.0f} s (--step-timeout)", server=server
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None

@@ -69,7 +69,7 @@ class RelayActor:
                 self._partition,
                 self._num_microbatches,
                 self._run,
-                RayTransport(servers, self._feedback.get(server)),
+                RayTransport(servers, self._feedback.get(server), self._timeout_s),
                 versions,
                 threads=self._threads,
                 timeout_s=self._timeout_s,

@@ -20,6 +20,7 @@ def route(
     partition: Partition,
     arena_dir: Path,
     feedback: ErrorFeedback | None = None,
+    timeout_s: float = 300.0,
 ) -> Transport:
     """The transport of one worker.
 
@@ -29,5 +30,8 @@ def route(
         partition: of the run.
         arena_dir: where the worker makes shared memory.
         feedback: rounds what goes through Ray; in shared memory there is no wire.
+        timeout_s: deadline of a wait for the wire.
     """
-    return SharedMemoryTransport(addresses, partition, arena_dir) if addresses else RayTransport(servers, feedback)
+    if addresses:
+        return SharedMemoryTransport(addresses, partition, arena_dir)
+    return RayTransport(servers, feedback, timeout_s)

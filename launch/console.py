@@ -39,6 +39,12 @@ def start_block(run: Resolved) -> str:
     nodes = [len(maximal_nodes(part.start, part.stop, plan.microbatches)) for part in dealt]
     if config.backend == "ps" and max(nodes) > 1:
         lines.append(as_note(f"workers push {nodes} tree nodes a step: it is 1 where M / workers is a power of two"))
+    if config.early_forward and not (run.worker.early_forward and config.backend == "ps" and config.transport != "ray"):
+        lines.append(
+            as_note(
+                "--early-forward does nothing here: it is for ps in shared memory on x86, without clipping or skipping"
+            )
+        )
     if config.wire_precision != "fp32":
         lines.append(
             f"wire      {config.wire_precision} with error feedback where sums go through Ray: that N workers equal "

@@ -1,6 +1,7 @@
 """From what the user said to what will run: recipe, data set and machine fill the gaps, and everything is checked."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,9 @@ from workers.process_group import torchrun_rank
 from workers.replica import describe_model
 
 __all__ = ["Resolved", "choose_device", "resolve", "task_options", "usage_errors"]
+
+_KEEPS_STORE_ORDER = ("x86_64", "AMD64")
+"""Processors (``platform.machine()``) that show others what one core writes in the order in which it writes it."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,9 @@ def resolve(config: RunConfig) -> Resolved:
         eval_every=config.eval_every,
         evaluate=config.evaluate,
         overlap=bool(filled.overlap),
-        # With a vote the last slice may still drop the step: nobody may have begun with the others (E8).
-        early_forward=filled.early_forward and not optimizer.needs_vote,
+        # With a vote the last slice may still drop the step: nobody may have begun with the others (E8). And only x86
+        # promises that whoever sees a slice's word sees the slice.
+        early_forward=filled.early_forward and not optimizer.needs_vote and platform.machine() in _KEEPS_STORE_ORDER,
         step_timeout_s=config.step_timeout,
     )
     partition, _ = describe_model(task.build_model(), optimizer, servers)  # finds patterns that fit no key

@@ -61,7 +61,7 @@ class ErrorFeedback:
         self.dtype = _DTYPES[precision]
         self._limit = torch.finfo(self.dtype).max
         self._partition = partition
-        self._held_versions = frozenset(held_versions)
+        self._held_versions = set(held_versions)
         self._held = {
             place: _Residual(torch.zeros_like(value), value.clone(), _NO_STEP) for place, value in residuals.items()
         }
@@ -85,7 +85,9 @@ class ErrorFeedback:
             }
 
     def _begin(self, push: Push) -> None:
-        if self._generation not in (None, push.generation):
+        if self._generation is None:  # what the run begins with stands in a checkpoint already
+            self._held_versions.discard(push.step)
+        elif self._generation != push.generation:
             self._held.clear()
         self._generation = push.generation
         if push.step in self._held_versions and push.step not in self._kept:
@@ -118,9 +120,11 @@ class ErrorFeedback:
     def residuals(self, version: int, *, release: bool = False) -> SliceResiduals:
         """Copies of the residuals at a committed version: the last one, or one that is held (and is given free)."""
         with self._lock:
-            if version not in self._kept:
-                return self._copy(version)
-            return self._kept.pop(version) if release else self._kept[version]
+            found = self._kept[version] if version in self._kept else self._copy(version)
+            if release:  # also if the push that would have had it kept is still to come
+                self._held_versions.discard(version)
+                self._kept.pop(version, None)
+            return found
 
     def _copy(self, version: int) -> dict[tuple[int, Node], Tensor]:
         """At ``version``: after the push of the step before it, whether or not the next one has begun."""

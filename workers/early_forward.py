@@ -24,7 +24,8 @@ class EarlyForward:
     """Hooks a replica's modules for good; one object a replica.
 
     A parameter that is used before the forward pass of the module that owns it has begun (by a parent that reads
-    ``self.child.weight``, say) is found while an ordinary pass is watched, and waited for in advance.
+    ``self.child.weight``, say) is found while an ordinary pass is watched, and waited for in advance; so are those of
+    modules that are never entered (inside a scripted one, say).
 
     Args:
         replica: whose forward passes begin early.
@@ -45,7 +46,7 @@ class EarlyForward:
         for module in replica.model.modules():
             own = [parameter for parameter in module.parameters(recurse=False) if parameter in names]
             for parameter in own:
-                self._owned[parameter] = (module, slices_of[names[parameter]])
+                self._owned[parameter] = (module, slices_of.get(names[parameter], []))
             if own:
                 self._wanted[module] = {index for parameter in own for index in self._owned[parameter][1]}
                 module.register_forward_pre_hook(self._enter)
@@ -76,6 +77,9 @@ class EarlyForward:
         self._entered.clear()
         with _Uses(self._used):
             yield
+        for module, slices in self._wanted.items():
+            if module not in self._entered:  # nobody uses it, or in a way that no hook sees
+                self._first |= slices
         self.learned = True
 
     def _used(self, parameter: nn.Parameter) -> None:
@@ -88,7 +92,13 @@ class EarlyForward:
         """Around a forward pass whose parameters are only being updated; on entry the buffers have been."""
         self._missing = {piece.index for piece in self._slices}
         self._need(self._first)
-        yield
+        with _Uses(self._read):
+            yield
+
+    def _read(self, parameter: nn.Parameter) -> None:
+        # Another way through the model than the one that was watched.
+        if self._missing and parameter in self._owned:
+            self._need(self._owned[parameter][1])
 
     def bring_rest(self) -> None:
         """After the commit: have the slices that the early pass did not read."""

@@ -93,10 +93,11 @@ class PinnedMemory(HostMemory):
         """
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         num_bytes = vector.numel() * vector.element_size()
-        if int(cudart.cudaHostRegister(vector.data_ptr(), num_bytes, 0)):
+        status = int(cudart.cudaHostRegister(vector.data_ptr(), num_bytes, 0))
+        if status:
             raise ConfigError(
-                f"CUDA cannot lock {num_bytes >> 20} MiB of host memory: raise the limit (ulimit -l), or let fewer "
-                "workers share this machine"
+                f"CUDA error {status}: cannot lock {num_bytes / (1 << 20):.1f} MiB of host memory for copies: "
+                "let fewer workers share this machine, or say --device cpu"
             )
         self._pinned.append(vector)
         return vector

@@ -21,7 +21,8 @@ class VersionsArena:
     """Words that say what stands here, then version ``v`` of the flat vector at ``vectors[v % 2]``.
 
     There is a word for each server with its committed version, and one for each slice with the newest version that it
-    has: a slice has it before its server commits it. Words are written after everything they stand for.
+    has: a slice has it before its server commits it. Words are written after everything they stand for, in which order
+    x86 shows them to others, too.
 
     Args:
         arena: made by ``create``, or another process's.

@@ -206,6 +206,17 @@ def test_a_held_version_is_kept_until_it_was_read() -> None:
         feedback.residuals(2)
 
 
+def test_a_version_that_was_given_free_is_not_kept() -> None:
+    """A checkpoint may ask before the next push, and does not ask for what the run began with."""
+    fleet = _fleet()
+    feedback = ErrorFeedback("fp16", fleet.partition, held_versions=[0, 2])
+    _send(feedback, fleet, 0, _values(0))
+    _send(feedback, fleet, 1, _values(1))
+    feedback.residuals(2, release=True)
+    _send(feedback, fleet, 2, _values(2))
+    assert not feedback._kept
+
+
 def test_the_version_before_the_one_under_way_can_be_read() -> None:
     fleet = _fleet()
     feedback = ErrorFeedback("bf16", fleet.partition)

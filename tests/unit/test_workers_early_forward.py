@@ -81,7 +81,10 @@ def test_each_module_waits_for_its_own_parameters(case: _Case) -> None:
         case.replica.reset_buffers()
         early = case.replica.model(batch)
     assert [case.keys(call) for call in range(len(case.brought))] == [
-        {"norm.running_mean", "norm.running_var", "borrowed.weight"},
+        {
+            *("norm.running_mean", "norm.running_var"),
+            *("borrowed.weight", "borrowed.bias", "unused.weight", "unused.bias"),  # modules that are not entered
+        },
         {"first.weight", "first.bias"},
         {"norm.weight", "norm.bias"},
         {"last.weight", "last.bias"},
@@ -89,12 +92,40 @@ def test_each_module_waits_for_its_own_parameters(case: _Case) -> None:
     assert len({piece.index for call in case.brought for piece in call}) == sum(map(len, case.brought)), "each once"
     assert case.early.waited_s > 0
     case.early.bring_rest()
-    assert case.keys(-1) == {"borrowed.bias", "unused.weight", "unused.bias"}
-    case.early.bring_rest()
-    assert len(case.brought) == 5, "nothing is left"
+    assert len(case.brought) == 4, "nothing is left"
     case.replica.point_to(case.next)
     case.replica.reset_buffers()
     assert torch.equal(early, case.replica.model(batch))
+
+
+def test_a_parameter_that_another_way_through_the_model_reads_is_waited_for(case: _Case) -> None:
+    batch = torch.randn(4, 8)
+    with case.early.watched():
+        case.replica.model(batch)
+    case.replica.point_to(case.vector)
+    with case.early.early():
+        early = F.linear(batch, case.replica.model.last.weight)
+    assert {"last.weight"} <= case.keys(1)
+    assert torch.equal(early, F.linear(batch, case.partition.unflatten(case.next)["last.weight"]))
+    case.early.bring_rest()
+    assert not case.vector.isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_a_scripted_module_reads_is_there_before_the_pass() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    model[1] = torch.jit.trace(model[1], torch.zeros(1, 4))
+    partition, _ = describe_model(model, OptimizerConfig(), ServerConfig(slice_bytes=256))
+    brought: list[Slice] = []
+    early = EarlyForward(Replica(model, partition), brought.extend)
+    with early.watched():
+        model(torch.zeros(1, 4))
+    with early.early():
+        assert {key.name for piece in brought for key, _, _ in partition.pieces[piece.index]} == {
+            "1.0.weight",
+            "1.0.bias",
+        }
 
 
 def test_an_ordinary_pass_waits_for_nothing(case: _Case) -> None:
