@@ -81,9 +81,10 @@ class NodeSum:
             }
             start += piece.numel
         self._lock = threading.Lock()
-        self._open_step()
+        self.open_step()
 
-    def _open_step(self) -> None:
+    def open_step(self) -> None:
+        """Forget the step that was committed; see ``commit``."""
         self._step.open()
         self._handed_out: set[int] = set()
         self._parts_left = {index: len(self._parts(index)) for index in self._pieces}
@@ -179,12 +180,13 @@ class NodeSum:
         """Whether ``commit`` may follow: the new version is here."""
         return self._arrived is not None
 
-    def commit(self, busy: Iterable[Mapping[str, float]] = ()) -> Commit:
-        """Make what arrived the current version; the time spent summing here is added to the server's."""
+    def commit(self, busy: Iterable[Mapping[str, float]] = (), *, open_next: bool = True) -> Commit:
+        """Make what arrived the current version, the time spent summing here added; see ``Server.commit``."""
         assert self._arrived is not None
         commit, self._integers = self._arrived
         self.version = commit.version
-        self._open_step()
+        if open_next:
+            self.open_step()
         here = {stage: 1e3 * sum(thread.get(stage, 0.0) for thread in busy) for stage in commit.server_ms}
         return commit._replace(server_ms={name: value + here[name] for name, value in commit.server_ms.items()})
 

@@ -75,7 +75,7 @@ class Server:
         self._constants = dict(state.constants) if index == 0 else {}
         self._holds: Counter[int] = Counter()
         self._scratch = self.new_scratch()
-        self._open_step()
+        self.open_step()
 
     def _hold_slice(self, index: int, state: State, initial: Tensor, contributions: TreeSum[Tensor]) -> HeldSlice:
         piece, keys = self.partition.slices[index], self.partition.pieces[index]
@@ -90,7 +90,8 @@ class Server:
         """What a thread needs that calls ``update_part``."""
         return Scratch(min(CHUNK, max((held.piece.numel for held in self._slices.values()), default=0)))
 
-    def _open_step(self) -> None:
+    def open_step(self) -> None:
+        """Forget the step that was committed; see ``commit``."""
         self._step.open()
         for held in self._slices.values():
             held.open_step()
@@ -213,11 +214,13 @@ class Server:
         """Whether ``commit`` may follow; a server without slices waits for the rows and the vote like the others."""
         return self.counted and not self.undecided and all(held.updated for held in self._slices.values())
 
-    def commit(self, busy: Iterable[Mapping[str, float]] = ()) -> Commit:
-        """Make what was updated the current version and open the next step.
+    def commit(self, busy: Iterable[Mapping[str, float]] = (), *, open_next: bool = True) -> Commit:
+        """Make what was updated the current version.
 
         Args:
             busy: seconds by stage, of each thread that worked beside this object's own.
+            open_next: whether the next step is opened at once; if not, ``open_step`` must follow before anything else
+                does, and whoever waits for the commit can be told of it first.
         """
         assert self.updated, "commit before update"
         applied = self._decision is None or self._decision.apply
@@ -234,7 +237,8 @@ class Server:
             last_worker=self._step.last_worker,
         )
         self.version += 1
-        self._open_step()
+        if open_next:
+            self.open_step()
         return commit
 
     # -- reading -----------------------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ class Served(Protocol):
     def ready_parts(self) -> list[tuple[int, int]]: ...
     def update_part(self, index: int, part: int, scratch: Scratch) -> bool: ...
     def new_scratch(self) -> Scratch: ...
-    def commit(self, busy: Iterable[Mapping[str, float]] = ()) -> Commit: ...
+    def commit(self, busy: Iterable[Mapping[str, float]] = (), *, open_next: bool = True) -> Commit: ...
+    def open_step(self) -> None: ...
     def integers(self, version: int) -> IntegerBlock: ...
 
 
@@ -345,15 +346,18 @@ class Hub:
                 busy[stage] = busy.get(stage, 0.0) + seconds
         # Several threads are busy at once: what a worker waits for is their time on the clock.
         share = self._wall / total if (total := sum(busy.values())) else 0.0
-        commit = server.commit([{stage: seconds * share for stage, seconds in busy.items()}])
-        self._wall = 0.0
-        self._news_for_peers.forget()
-        self._news_for_owner.forget()
+        shares = {stage: seconds * share for stage, seconds in busy.items()}
+        commit = server.commit([shares], open_next=False)
         self.versions.commit(server.index, server.version)
         spent = 1e3 * (time.perf_counter() - begin)
         self.last = commit._replace(server_ms={**commit.server_ms, "commit": spent}, stop=self.stop or commit.stop)
-        self._on_change(self.last)
         self._tell_all(Committed(self.last, server.integers(server.version)))
+        # What follows is done while workers go on.
+        self._on_change(self.last)
+        self._wall = 0.0
+        self._news_for_peers.forget()
+        self._news_for_owner.forget()
+        server.open_step()
 
     last: Commit | None = None
     """The commit of the current version, once one was made."""
