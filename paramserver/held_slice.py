@@ -120,11 +120,7 @@ class HeldSlice:
             torch.add(old[part], torch.div(total, divisor, out=scratch.take(0, hi - lo)), out=new[part])
         else:
             self._refuse_non_finite(total, lo, hi, version + 1)
-            optimizer = self._optimizers[part]
-            if optimizer.divides(version):
-                optimizer.step_sum(version, total, divisor, lr)
-            else:
-                optimizer.step(version, torch.div(total, divisor, out=scratch.take(0, hi - lo)), lr)
+            self._optimizers[part].step_sum(version, total, divisor, lr, scratch.take(0, hi - lo))
         scratch.busy["aggregate"] += summed - begin
         scratch.busy["update"] += time.perf_counter() - summed
         self._done.add(part)

@@ -17,11 +17,11 @@ class SliceOptimizer(Protocol):
     def step(self, version: int, gradient: Tensor, lr: float) -> None:
         """Write version ``version + 1`` from ``version`` and the mean gradient (n,) fp32, which is overwritten."""
 
-    def divides(self, version: int) -> bool:
-        """Whether ``step_sum`` works from ``version``."""
+    def step_sum(self, version: int, total: Tensor, divisor: Tensor, lr: float, quotient: Tensor) -> None:
+        """As ``step`` with ``total / divisor``, to the bit.
 
-    def step_sum(self, version: int, total: Tensor, divisor: Tensor, lr: float) -> None:
-        """As ``step`` with ``total / divisor`` to the bit, in one pass over memory less; ``total`` is only read."""
+        ``total`` (n,) is only read, unless it is ``quotient`` itself: (n,) memory that may be written.
+        """
 
     def skip(self, version: int) -> None:
         """Write version ``version + 1`` as a copy of ``version``."""
@@ -79,14 +79,13 @@ class _Sgd:
                 direction = gradient.add_(direction, alpha=config.momentum)
         self._move(version, direction, lr)
 
-    def divides(self, version: int) -> bool:
-        """See ``SliceOptimizer.divides``: where the mean gradient is only added to the momentum."""
-        return self._has_momentum[version % 2] and not self._config.weight_decay and not self._config.nesterov
-
-    def step_sum(self, version: int, total: Tensor, divisor: Tensor, lr: float) -> None:
-        """See ``SliceOptimizer.step_sum``."""
+    def step_sum(self, version: int, total: Tensor, divisor: Tensor, lr: float, quotient: Tensor) -> None:
+        """See ``SliceOptimizer.step_sum``: one pass less where the mean gradient is only added to the momentum."""
         source, target = version % 2, (version + 1) % 2
-        assert self._momentum is not None
+        only_added = self._has_momentum[source] and not self._config.weight_decay and not self._config.nesterov
+        if self._momentum is None or not only_added:
+            self.step(version, torch.div(total, divisor, out=quotient), lr)
+            return
         direction = torch.mul(self._momentum[source], self._config.momentum, out=self._momentum[target])
         direction.addcdiv_(total, divisor)  # rounds the quotient, then the sum
         self._has_momentum[target] = True
@@ -135,13 +134,9 @@ class _TorchOptimizer:
         optimizer.step()
         values.grad = None
 
-    def divides(self, version: int) -> bool:
-        """See ``SliceOptimizer.divides``."""
-        return False
-
-    def step_sum(self, version: int, total: Tensor, divisor: Tensor, lr: float) -> None:
-        """See ``SliceOptimizer.step_sum``: never called."""
-        raise AssertionError
+    def step_sum(self, version: int, total: Tensor, divisor: Tensor, lr: float, quotient: Tensor) -> None:
+        """See ``SliceOptimizer.step_sum``."""
+        self.step(version, torch.div(total, divisor, out=quotient), lr)
 
     def skip(self, version: int) -> None:
         """See ``SliceOptimizer.skip``."""
