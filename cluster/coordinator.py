@@ -22,7 +22,7 @@ from models.errors import TaskError
 from models.registry import TaskSource
 from paramserver.errors import PushPullError, ReplicaMismatch, ServerLost, StepTimeout, WorkerLost
 from paramserver.partition import Partition
-from paramserver.reduction import Node, maximal_nodes
+from paramserver.reduction import maximal_nodes
 from paramserver.state import State, assemble
 from paramserver.transport.channel import Address
 from workers.minibatch import deal_runs
@@ -180,11 +180,11 @@ class Coordinator:
         servers = range(len(self._servers))
         through_ray = self._config.transport == "ray"
         self._worker_roundings = [self._roundings.deal(run, servers) if through_ray else None for run in runs]
-
-    @property
-    def dropped_residuals(self) -> list[Node]:
-        """Tree nodes of which nobody took up what the checkpoint has, once this is started."""
-        return self._roundings.dropped
+        if dropped := self._roundings.dropped:
+            named = ", ".join(f"[{node.lo}, {node.hi})" for node in dropped)
+            self.notices.append(
+                f"residuals of sums over {named} are dropped: in this run nobody sends these sums through Ray"
+            )
 
     def _start_relay(self, node: str, run: range) -> Any:
         config, pinned = self._config, NodeAffinitySchedulingStrategy(node, soft=False)

@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,7 +13,6 @@ from cluster.config import TransportName
 from launch.recorder import checkpoint_steps
 from launch.resolve import Resolved
 from launch.signals import stop_on_sigterm
-from paramserver.reduction import Node
 from paramserver.state import State
 from workers.assembly import build_ddp_worker, build_parts, build_single_worker
 from workers.process_group import process_group, torchrun_rank
@@ -132,12 +131,5 @@ def _param_server(run: Resolved, resume: State | None, *, in_session: bool) -> I
                 coordinator.run(stop),
                 lambda version: coordinator.state(version, release=version in held),
                 processes,
-                (*coordinator.notices, *_dropped(coordinator.dropped_residuals)),
+                tuple(coordinator.notices),
             )
-
-
-def _dropped(nodes: Sequence[Node]) -> tuple[str, ...]:
-    if not nodes:
-        return ()
-    named = ", ".join(f"[{node.lo}, {node.hi})" for node in nodes)
-    return (f"residuals of sums over {named} are dropped: in this run nobody sends these sums through Ray",)
