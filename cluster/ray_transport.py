@@ -159,14 +159,18 @@ class RayTransport:
             batches += len(arrival.batches)
             if arrival.commit is None:  # before the tensors are fetched: the way takes as long as a small batch
                 asked = self._ask(server, version, batches, deadline - time.monotonic(), timeout_s)
-            for indices, (reference,) in arrival.batches:
-                arrays = self._get(server, reference, self._timeout_s, f"send version {version}")
-                batch = {index: torch.from_numpy(array) for index, array in zip(indices, arrays, strict=True)}
+            for batch in self._tensors(server, version, arrival):
                 slices.update(batch)
                 yield batch
             if arrival.commit is not None:
                 self._arrived[server] = _Version(arrival.commit.version, slices, arrival.commit, arrival.integers)
                 return
+
+    def _tensors(self, server: int, version: int, arrival: WireArrival) -> Iterator[dict[int, Tensor]]:
+        """The batches of an arrival, which share the memory of Ray's object store."""
+        for indices, (reference,) in arrival.batches:
+            arrays = self._get(server, reference, self._timeout_s, f"send version {version}")
+            yield {index: torch.from_numpy(array) for index, array in zip(indices, arrays, strict=True)}
 
     def _ask(self, server: int, version: int, have: int, left_s: float, timeout_s: float) -> Any:
         return self._servers[server].arrivals.remote(version, have, max(0.0, left_s), timeout_s)
@@ -190,14 +194,13 @@ class RayTransport:
         """See ``Transport.fetch``."""
         arrived = self._arrived.get(server)
         if arrived is None or arrived.version != version:
-            batches, _, integers = self._get(
+            published: WireArrival = self._get(
                 server, self._servers[server].publish.remote(version), timeout_s, "publish"
             )
             slices: dict[int, Tensor] = {}
-            for indices, (reference,) in batches:
-                arrays = self._get(server, reference, timeout_s, f"send version {version}")
-                slices.update((index, torch.from_numpy(array)) for index, array in zip(indices, arrays, strict=True))
-            arrived = self._arrived[server] = _Version(version, slices, None, integers)
+            for batch in self._tensors(server, version, published):
+                slices.update(batch)
+            arrived = self._arrived[server] = _Version(version, slices, None, published.integers)
         return [arrived.slices[index] for index in sorted(arrived.slices)], arrived.integers
 
     def await_slices(self, version: int, pieces: Sequence[Slice], timeout_s: float) -> None:
