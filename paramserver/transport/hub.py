@@ -12,19 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import torch
-from torch import Tensor
-
 from paramserver.arena import Arena
-from paramserver.errors import PartitionMismatch, PushPullError
+from paramserver.errors import PushPullError
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, FlatSlices, Hello, Push
+from paramserver.messages import Commit, Hello, Push
 from paramserver.partition import Partition, Slice
 from paramserver.scratch import Scratch
 from paramserver.transport.channel import Address, Channel, listen
+from paramserver.transport.news import News
+from paramserver.transport.peer import Peer
 from paramserver.transport.versions import VersionsArena
 from paramserver.transport.wire import (
     Arrival,
@@ -33,8 +31,6 @@ from paramserver.transport.wire import (
     Committed,
     Failed,
     Missing,
-    Place,
-    VectorPlace,
     Watch,
     Welcome,
     Written,
@@ -68,47 +64,6 @@ class Served(Protocol):
     def commit(self, busy: Iterable[Mapping[str, float]] = (), *, open_next: bool = True) -> Commit: ...
     def open_step(self) -> None: ...
     def integers(self, version: int) -> IntegerBlock: ...
-
-
-class _News:
-    """Slices that have been written and not been told of, once there are enough of them.
-
-    Args:
-        pieces: all there are.
-        versions: where they stand.
-        least_elements: how many are enough.
-    """
-
-    def __init__(self, pieces: Sequence[Slice], versions: VersionsArena, least_elements: int) -> None:
-        self._pieces = pieces
-        self._versions = versions
-        self._least_elements = least_elements
-        self._told: set[int] = set()
-
-    def take(self, version: int) -> list[Slice]:
-        """New slices at ``version``, none if they are too few, or the last: the commit follows at once."""
-        new = [piece for piece in self._pieces if piece.index not in self._told and self._versions.has(piece, version)]
-        if sum(piece.numel for piece in new) < self._least_elements or len(self._told) + len(new) == len(self._pieces):
-            return []
-        self._told.update(piece.index for piece in new)
-        return new
-
-    def forget(self) -> None:
-        """Another version is written from now on."""
-        self._told.clear()
-
-
-@dataclass
-class _Peer:
-    """A connected worker."""
-
-    channel: Channel
-    arenas: dict[int, Arena] = field(default_factory=dict)
-    vectors: dict[Place, FlatSlices] = field(default_factory=dict)
-    stuck: bool = False
-    """Whether something waits until it reads."""
-    watches: bool = False
-    """Whether it wants to hear of slices before their commit."""
 
 
 class Hub:
@@ -149,7 +104,7 @@ class Hub:
         self._pieces = server.partition.by_server[server.index]
         self._scratches = [server.new_scratch() for _ in range(threads)]
         self._helpers = ThreadPoolExecutor(threads - 1) if threads > 1 else None
-        self._peers: dict[int, _Peer] = {}
+        self._peers: dict[int, Peer] = {}
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._listener, self.address = listen()
@@ -158,8 +113,8 @@ class Hub:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._closed = threading.Event()
         third = -(-sum(piece.numel for piece in self._pieces) // _THRESHOLDS)
-        self._news_for_peers = _News(self._pieces, versions, max(least_elements, third))
-        self._news_for_owner = _News(self._pieces, versions, least_elements)
+        self._news_for_peers = News(self._pieces, versions, max(least_elements, third))
+        self._news_for_owner = News(self._pieces, versions, least_elements)
         versions.mark(self._pieces, server.version)
         versions.commit(server.index, server.version)
         self._thread = threading.Thread(target=self._serve, name=f"hub-{server.index}", daemon=True)
@@ -207,7 +162,7 @@ class Hub:
                 for key, events in self._selector.select():
                     if self._closed.is_set():
                         return
-                    if isinstance(key.data, _Peer):
+                    if isinstance(key.data, Peer):
                         self._hear(key.data, events)
                     else:
                         key.data()
@@ -238,7 +193,7 @@ class Hub:
         channel = Channel.accept(self._listener, self.address[1])
         if channel is None:
             return
-        peer = _Peer(channel)
+        peer = Peer(channel)
         welcome = Welcome(self._server.hello(), self._server.integers(self._server.version))
         try:
             channel.send(welcome, [self.versions.arena.descriptor])
@@ -250,7 +205,7 @@ class Hub:
         self._peers[channel.fileno()] = peer
         self._selector.register(channel, selectors.EVENT_READ, peer)
 
-    def _hear(self, peer: _Peer, events: int) -> None:
+    def _hear(self, peer: Peer, events: int) -> None:
         try:
             if events & selectors.EVENT_WRITE:
                 peer.channel.flush()
@@ -261,7 +216,7 @@ class Hub:
         except (EOFError, OSError):
             self._drop(peer)
 
-    def _answer(self, peer: _Peer, message: object, descriptors: list[int]) -> None:
+    def _answer(self, peer: Peer, message: object, descriptors: list[int]) -> None:
         if isinstance(message, AttachArena):
             peer.arenas[message.arena] = Arena.attach(descriptors[0])
             peer.arenas[message.arena].close()
@@ -272,11 +227,11 @@ class Hub:
             self._tell(peer, encode(Missing(self._server.missing())))
         elif isinstance(message, Arrival):
             try:
-                self._server.push(_found(message, peer, self._pieces))
+                self._server.push(peer.find(message, self._pieces))
             except PushPullError as error:
                 self._tell(peer, encode(Failed(error)))
 
-    def _drop(self, peer: _Peer) -> None:
+    def _drop(self, peer: Peer) -> None:
         # What it pushed stays: its arenas are mapped as long as somebody holds a tensor in them.
         self._peers.pop(peer.channel.fileno(), None)
         with contextlib.suppress(KeyError, ValueError):
@@ -367,7 +322,7 @@ class Hub:
         for peer in list(self._peers.values()):
             self._tell(peer, payload)
 
-    def _tell(self, peer: _Peer, payload: bytes) -> None:
+    def _tell(self, peer: Peer, payload: bytes) -> None:
         try:
             peer.channel.post(payload)
         except OSError:
@@ -375,29 +330,9 @@ class Hub:
         else:
             self._await_room(peer)
 
-    def _await_room(self, peer: _Peer) -> None:
+    def _await_room(self, peer: Peer) -> None:
         """Wait for room to send in as long as something is left to send: a peer that does not read stops nobody."""
         if peer.channel.pending != peer.stuck:
             peer.stuck = peer.channel.pending
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.stuck else 0)
             self._selector.modify(peer.channel, events, peer)
-
-
-def _found(message: Arrival, peer: _Peer, pieces: Sequence[Slice]) -> Push:
-    """The push with its tensors, which lie in the peer's arenas."""
-    slices: Mapping[int, Tensor]
-    try:
-        if isinstance(message.slices, VectorPlace):
-            place = message.slices.place
-            if place not in peer.vectors:  # the same few vectors come in every step
-                peer.vectors[place] = FlatSlices(_tensor(place, peer), pieces)
-            slices = {index: peer.vectors[place][index] for index in message.slices.slices}
-        else:
-            slices = {index: _tensor(place, peer) for index, place in message.slices.items()}
-    except (KeyError, ValueError, AttributeError) as error:
-        raise PartitionMismatch(f"push of worker {message.push.worker} names memory that it did not attach") from error
-    return message.push._replace(slices=slices)
-
-
-def _tensor(place: Place, peer: _Peer) -> Tensor:
-    return peer.arenas[place.arena].tensor(place.offset, place.numel, getattr(torch, place.dtype))
