@@ -1,32 +1,39 @@
 """Ray actors: thin shells around the plain classes. Imported after Ray was started."""
 
 import asyncio
-import os
-import platform
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import ray
+import ray.exceptions
 import torch
+from torch.utils.data import Dataset
 
+from cluster.config import Seat
+from cluster.place import Place, place_of_process
 from cluster.ray_transport import WireArrival, WirePush, from_wire
 from cluster.rounding import Rounding
 from cluster.route import route
 from models.options import TaskOptions
 from models.registry import TaskSource, build_task
+from models.task import Sample
+from paramserver.arena import Arena
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.error_feedback import ErrorFeedback
-from paramserver.errors import StepTimeout
+from paramserver.errors import ServerLost, StaleContribution, StepTimeout
 from paramserver.messages import Commit, Decision, Hello, Report
 from paramserver.partition import Partition, Slice
 from paramserver.server import Server
+from paramserver.server_memory import ServerMemory
 from paramserver.state import ServerSnapshot, State
 from paramserver.transport.channel import Address
 from paramserver.transport.hub import Hub
-from paramserver.transport.versions import share_versions
+from paramserver.transport.keeper import Keeper, claim
+from paramserver.transport.versions import VersionsArena, share_versions
 from paramserver.vote import decide
 from workers.assembly import build_param_server_worker, build_parts
 from workers.config import WorkerConfig
@@ -34,25 +41,24 @@ from workers.device import device_kind
 from workers.install import check_install
 from workers.report import EvaluationReport, StepReport
 
-__all__ = ["Place", "ServerActor", "WorkerActor", "place_of_process", "prepare_process"]
+__all__ = ["ServerActor", "ServerStatus", "WorkerActor", "prepare_process"]
 
 T = TypeVar("T")
 
 _VOTE_S = 60.0
+_RECENT = 64
+"""Commits that are remembered: more than a worker's reports can be late."""
 
 
-class Place(NamedTuple):
-    """Where an actor's process runs."""
+class ServerStatus(NamedTuple):
+    """What a server has."""
 
-    pid: int
-    node: str
-    host: str
-    device_kind: dict[str, Any] | None = None
-
-
-def place_of_process(kind: dict[str, Any] | None = None) -> Place:
-    """Where the calling actor runs."""
-    return Place(os.getpid(), ray.get_runtime_context().get_node_id(), platform.node(), kind)
+    version: int
+    """The committed one."""
+    last: Commit | None
+    """Its commit; None if the run started from it."""
+    recent: tuple[Commit, ...]
+    """Commits of this process, as far as they are kept."""
 
 
 def _gpu_index(config: WorkerConfig) -> int:
@@ -75,84 +81,139 @@ class ServerActor:
     """An asynchronous actor around a ``Hub``: workers of this node reach it by its socket, all others by these calls.
 
     Args:
-        index, partition, optimizer, num_microbatches, state, run: see ``Server``.
+        partition, optimizer, num_microbatches, state, run: see ``Server``. One that stands by needs no values.
         threads: how many threads sum and update.
-        held_versions: versions that are held until a snapshot of them was taken.
         arena_dir: where shared memory is made.
     """
 
     def __init__(
         self,
-        index: int,
         partition: Partition,
         optimizer: OptimizerConfig,
         num_microbatches: int,
         state: State,
         run: str,
         threads: int,
-        held_versions: Sequence[int],
         arena_dir: str,
     ) -> None:
         prepare_process()
         torch.set_num_threads(1)  # slices go to several threads, one operation does not
-        self._index = index
+        self._index = -1
         self._partition = partition
+        self._about = (optimizer, num_microbatches, state)
         self._optimizer = optimizer
-        self._num_microbatches = num_microbatches
-        self._state: State | None = state
         self._run = run
         self._threads = threads
-        self._held_versions = frozenset(held_versions)
         self._arena_dir = Path(arena_dir)
+        self._held_versions: frozenset[int] = frozenset()
+        self._generation = 0
         self._peers: list[Any] = []
+        self._settled: dict[int, Decision] = {}
         self._waiting: list[asyncio.Future[None]] = []
-        self._published: tuple[int, list[tuple[tuple[int, ...], list[Any]]]] = (-1, [])
+        self._published: dict[int, list[tuple[tuple[int, ...], list[Any]]]] = {}
         self._reports: dict[int, Report] = {}
         self._decision: asyncio.Future[Decision] | None = None
+        self._recent: deque[Commit] = deque(maxlen=_RECENT)
+        self._keeper: Keeper | None = None
 
     async def place(self) -> Place:
         """Where this server runs."""
         return place_of_process()
 
-    async def open(self, peers: Sequence[Any], beside: Address | None) -> Address:
+    async def keep(self, server: int, hub: Address) -> Address:
+        """Stand by for a server of this node: keep its memory. Gives where ``open`` finds it."""
+        if self._keeper is None:
+            self._keeper = Keeper()
+        await asyncio.to_thread(self._keeper.keep, server, hub)
+        return self._keeper.address
+
+    async def open(self, index: int, beside: Address | None, keeper: Address | None = None) -> Address:
         """Begin to serve.
 
         Args:
-            peers: handles of all servers.
+            index: which server this is.
             beside: address of a server on this node whose arena is to be shared; None makes one.
+            keeper: of the memory that a server of this number has left on this node, to go on from.
 
         Returns:
             Where workers of this node connect.
         """
-        self._peers = list(peers)
         self._loop = asyncio.get_running_loop()
-        versions = share_versions(beside, self._partition, self._arena_dir)
-        assert self._state is not None
-        server = Server(
-            self._index,
-            self._partition,
-            self._optimizer,
-            self._num_microbatches,
-            self._state,
-            self._run,
-            versions.vectors,
-        )
-        self._state = None  # copied: its memory in the object store is not needed any more
+        self._index = index
+        partition, (optimizer, num_microbatches, state) = self._partition, self._about
+        if keeper is not None:
+            versions_arena, own = await asyncio.to_thread(claim, index, keeper)
+            versions = VersionsArena(versions_arena, partition)
+        else:
+            versions = share_versions(beside, partition, self._arena_dir)
+            own = Arena.create(ServerMemory.num_bytes(partition, index, *self._about), self._arena_dir)
+        content = own.tensor(0, own.num_bytes, torch.uint8)
+        memory = ServerMemory(partition, index, *self._about, versions.vectors, content)
+        server = Server(index, partition, optimizer, num_microbatches, state, self._run, memory)
+        # Copied: its memory in the object store is not needed any more.
+        self._about = (optimizer, num_microbatches, replace(state, values={}, optimizer={}))
         self._server = server
-        ask = self._ask_vote if len(self._peers) > 1 else self._decide_alone
         self._hub = Hub(
             server,
             versions,
             threads=self._threads,
-            before_update=lambda: server.vote(ask),
+            before_update=lambda: server.vote(self._ask_vote),
             on_change=self._changed,
+            own=own,
         )
         return self._hub.address
 
+    async def regroup(
+        self, generation: int, peers: Sequence[Any], held_versions: Sequence[int], settled: Mapping[int, Decision]
+    ) -> ServerStatus:
+        """The membership has changed: whoever belongs to it comes again, and pushes the open step again.
+
+        Args:
+            generation: what it is called from now on.
+            peers: handles of all servers.
+            held_versions: those to keep until a snapshot of them was taken.
+            settled: votes that were taken already, by step: some server may have acted on them.
+        """
+        self._generation = generation
+        self._peers = list(peers)
+        self._settled = dict(settled)
+        self._held_versions = frozenset(held_versions)
+        # First of all: this server's own thread may be waiting for a vote of which nothing will come.
+        if self._decision is not None and not self._decision.done():
+            self._decision.set_exception(StaleContribution(f"the vote of server {self._index} is taken again"))
+            self._decision.exception()  # it may be that nobody waits
+        self._decision = None
+        self._reports.clear()
+        self._published.clear()
+
+        def change() -> ServerStatus:
+            self._hub.regroup(generation)
+            for version in (self._server.version - 1, self._server.version):
+                if version in self._held_versions and self._server.readable(version):
+                    self._server.hold(version, once=True)
+            return self._status()
+
+        status = await self._in_hub(change)
+        self._wake()
+        return status
+
+    async def status(self) -> ServerStatus:
+        """What is committed here."""
+        return await self._in_hub(self._status)
+
+    def _status(self) -> ServerStatus:
+        return ServerStatus(self._server.version, self._server.last, tuple(self._recent))
+
+    async def missing(self) -> list[int]:
+        """See ``Server.missing``."""
+        return await self._in_hub(self._server.missing)
+
     def _changed(self, commit: Commit | None) -> None:
         """In the hub's thread: a version was committed, or the run failed here."""
+        if commit is not None:
+            self._recent.append(commit)
         if commit is not None and commit.version in self._held_versions:
-            self._server.hold(commit.version)
+            self._server.hold(commit.version, once=True)
         if commit is not None and self._hub.on_written is not None:
             self._written(commit.version, self._partition.by_server[self._index])
         self._loop.call_soon_threadsafe(self._wake)
@@ -163,14 +224,15 @@ class ServerActor:
 
     def _publish(self, version: int, pieces: Sequence[Slice]) -> None:
         """Put slices into Ray's object store, for whoever waits for ``arrivals``."""
-        if self._published[0] != version:
-            self._published = (version, [])
-        known = {index for indices, _ in self._published[1] for index in indices}
+        for old in [known for known in self._published if known < version - 1]:
+            del self._published[old]
+        batches = self._published.setdefault(version, [])
+        known = {index for indices, _ in batches for index in indices}
         new = [piece for piece in pieces if piece.index not in known]
         if new:
             vector = self._hub.versions.vectors[version % 2]
             arrays = [vector[piece.start : piece.stop].numpy() for piece in new]
-            self._published[1].append((tuple(piece.index for piece in new), [ray.put(arrays)]))
+            batches.append((tuple(piece.index for piece in new), [ray.put(arrays)]))
         self._wake()
 
     def _wake(self) -> None:
@@ -179,18 +241,25 @@ class ServerActor:
             if not future.done():
                 future.set_result(None)
 
-    def _decide_alone(self, report: Report) -> Decision:
-        return decide([report], self._optimizer)
-
     def _ask_vote(self, report: Report) -> Decision:
+        """In the hub's thread: all servers' decision."""
+        if report.step in self._settled:
+            return self._settled[report.step]
+        if len(self._peers) == 1:
+            return decide([report], self._optimizer)
         try:
-            decision: Decision = ray.get(self._peers[0].vote.remote(report), timeout=_VOTE_S)
+            decision: Decision = ray.get(self._peers[0].vote.remote(self._generation, report), timeout=_VOTE_S)
         except ray.exceptions.GetTimeoutError:
             raise StepTimeout(f"server {self._index} had no decision of the others within {_VOTE_S:.0f} s") from None
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayActorError:
+            raise ServerLost("server 0 is gone: it could not take a vote", server=0) from None
         return decision
 
-    async def vote(self, report: Report) -> Decision:
+    async def vote(self, generation: int, report: Report) -> Decision:
         """Server 0 alone: collect all reports of a step, then give everybody the same decision."""
+        self._check_generation(generation)
         if self._decision is None:
             self._decision = asyncio.get_running_loop().create_future()
         future = self._decision
@@ -200,6 +269,12 @@ class ServerActor:
             self._reports.clear()
             self._decision = None
         return await future
+
+    def _check_generation(self, generation: int) -> None:
+        if generation != self._generation:
+            raise StaleContribution(
+                f"server {self._index} is in generation {self._generation} of the membership, not in {generation}"
+            )
 
     async def _in_hub(self, function: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._hub.call(function))
@@ -213,15 +288,18 @@ class ServerActor:
         await asyncio.wrap_future(self._hub.push(from_wire(push)))
 
     async def publish(self, version: int, have: int = 0) -> WireArrival:
-        """The whole committed ``version`` but for the first ``have`` batches of it."""
+        """The whole ``version``, the committed one or the one before, but for the first ``have`` batches of it."""
         integers = await self._in_hub(lambda: self._server.integers(version))  # or it is gone
         self._publish(version, self._partition.by_server[self._index])
-        return WireArrival(self._published[1][have:], self._hub.last, integers)
+        last = self._hub.last
+        commit = last if last is not None and last.version == version else None
+        return WireArrival(self._published[version][have:], commit, integers)
 
-    async def arrivals(self, version: int, have: int, left_s: float, timeout_s: float) -> WireArrival:
+    async def arrivals(self, generation: int, version: int, have: int, left_s: float, timeout_s: float) -> WireArrival:
         """What there is of ``version`` beyond the first ``have`` batches, as soon as there is more or it is committed.
 
         Args:
+            generation: of the caller.
             version: the committed one, or the next.
             have: batches that the caller has.
             left_s: how long to wait.
@@ -231,8 +309,9 @@ class ServerActor:
         try:
             async with asyncio.timeout(left_s):
                 while self._hub.failure is None and (self._hub.last is None or self._hub.last.version < version):
-                    if self._published[0] == version and len(self._published[1]) > have:
-                        return WireArrival(self._published[1][have:], None, {})
+                    self._check_generation(generation)
+                    if len(self._published.get(version, ())) > have:
+                        return WireArrival(self._published[version][have:], None, {})
                     self._waiting.append(asyncio.get_running_loop().create_future())
                     await self._waiting[-1]
         except TimeoutError:
@@ -250,24 +329,23 @@ class ServerActor:
         """Let the run end with the next version that is committed."""
         self._hub.stop = True
 
-    async def snapshot(self, version: int, *, release: bool) -> ServerSnapshot:
-        """See ``Server.snapshot``; gives the held version free where asked."""
+    async def request_leave(self) -> None:
+        """Let the workers come back after the next version that is committed: the membership is to change."""
+        self._hub.leave = True
 
-        def take() -> ServerSnapshot:
-            snapshot = self._server.snapshot(version)
-            if release:
-                self._server.release(version)
-            return snapshot
+    async def snapshot(self, version: int) -> ServerSnapshot:
+        """See ``Server.snapshot``."""
+        return await self._in_hub(lambda: self._server.snapshot(version))
 
-        return await self._in_hub(take)
+    async def release(self, version: int) -> None:
+        """Give a held version free."""
+        self._held_versions -= {version}
+        await self._in_hub(lambda: self._server.release(version))
 
-    async def last_commit(self) -> Commit | None:
-        """The commit of the current version, once one was made."""
-        return self._hub.last
-
-    async def arena_bytes(self) -> int:
-        """Size of the arena with both versions, which servers of a node share."""
-        return self._hub.versions.arena.num_bytes
+    async def arena_bytes(self) -> tuple[int, int]:
+        """Size of the arena with both versions, which servers of a node share, and of this server's own."""
+        assert self._hub.own is not None
+        return self._hub.versions.arena.num_bytes, self._hub.own.num_bytes
 
     async def close(self) -> None:
         """Stop serving."""
@@ -292,29 +370,47 @@ class WorkerActor:
         self._config = replace(config, device_index=_gpu_index(config))
         # Not the initial state, which the servers have: it is as large as the model.
         self._replica = build_parts(self._task, self._config, optimizer, servers).replica
+        self._dataset: Dataset[Sample] | None = None
 
     def place(self) -> Place:
         """Where this worker runs, and what kind of device it is."""
         return place_of_process(device_kind(self._config))
 
     def run(
-        self, index: int, servers: Sequence[Any], addresses: Mapping[int, Address], rounding: Rounding | None = None
+        self,
+        seat: Seat,
+        servers: Sequence[Any],
+        addresses: Mapping[int, Address],
+        rounding: Rounding | None = None,
+        *,
+        evaluate: bool = False,
+        train: bool = True,
     ) -> Iterator[StepReport | EvaluationReport]:
-        """Train to the end; a streaming generator, so that the worker never waits for who reads it.
+        """Train until the run ends or the membership changes; may be called again then.
+
+        A streaming generator, so that the worker never waits for who reads it.
 
         Args:
-            index: this worker's number, which is dealt once all have their places.
+            seat: this worker's place among those that compute.
             servers: handles of all servers.
             addresses: where each is reached by shared memory, itself or a relay; empty if Ray is to carry everything.
             rounding: how contributions are rounded that Ray carries, if they are.
+            evaluate, train: see ``Worker.run``.
         """
-        config, partition = replace(self._config, worker=index), self._replica.partition
+        config = replace(self._config, worker=seat.position, num_workers=seat.of, number=seat.number)
+        partition = self._replica.partition
+        if self._dataset is None:
+            self._dataset = self._task.build_dataset("train")
         feedback = ErrorFeedback(rounding.precision, partition, rounding.residuals) if rounding else None
         transport = route(servers, addresses, partition, self._arena_dir, feedback, config.step_timeout_s)
-        worker, backend = build_param_server_worker(self._task, config, self._replica, transport)
+        try:
+            worker, backend = build_param_server_worker(self._task, config, self._replica, transport, self._dataset)
+        except BaseException:
+            transport.close()
+            raise
         held = frozenset(rounding.held_versions if rounding else ())
         try:
-            for report in worker.run():
+            for report in worker.run(evaluate=evaluate, train=train):
                 # This actor answers no calls before its last step: a checkpoint's residuals come with the report.
                 if feedback and isinstance(report, StepReport) and (report.stop or report.step in held):
                     yield replace(report, residuals=feedback.residuals(report.step))

@@ -1,15 +1,26 @@
 """What a parameter-server run is made of. Imports neither torch nor ray."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from models.options import TaskOptions
 from paramserver.config import OptimizerConfig, ServerConfig, WirePrecision
 from workers.config import WorkerConfig
 
-__all__ = ["ClusterConfig", "TransportName"]
+__all__ = ["ClusterConfig", "Seat", "TransportName"]
 
 TransportName = Literal["auto", "ray"]
+
+
+class Seat(NamedTuple):
+    """A worker's place among those that compute, until the membership changes."""
+
+    number: int
+    """What it is called in records."""
+    position: int
+    """Which run of microbatches it has."""
+    of: int
+    """How many workers there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +51,11 @@ class ClusterConfig:
     """Deadline for all actors to have a place and a model."""
     run: str = "run"
     """Run id and resume count."""
+    num_samples: int = 0
+    """Size of the training set."""
+    spares: int = 1
+    """Processes that stand by on each node with servers, to go on from the memory of one that dies."""
+    min_workers: int = 1
+    """With fewer the run waits for replacements, and ends if none come."""
+    step_timeout_s: float | None = None
+    """Seconds without a step after which somebody is taken for dead; None: 30, or ten median steps if that is more."""

@@ -1,36 +1,43 @@
-"""Who is alive and who computes which microbatches: starts the actors, collects their reports, stops them.
+"""Who is alive and who computes which microbatches: starts the actors, collects their reports, replaces the lost.
 
-It is not on the path of a step: workers run freely and the servers' commit is their barrier.
+It is not on the path of a step: workers run freely and the servers' commit is their barrier. It acts when the
+membership changes. Every change begins a new generation: servers forget what was pushed to the open step, microbatches
+are dealt anew, and workers go on from the committed version. Since a version does not depend on who computed it, the
+bits are those of a run that nobody disturbed.
 """
 
 import re
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import ray
 import ray.exceptions
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.actors import Place, ServerActor, WorkerActor
 from cluster.config import ClusterConfig
-from cluster.placement import check_room, resources
-from cluster.relay import RelayActor
-from cluster.rounding import Roundings
+from cluster.crew import Crew
+from cluster.events import Event
+from cluster.members import Member
+from cluster.placement import resources
+from cluster.reports import Merger
 from models.errors import TaskError
 from models.registry import TaskSource
-from paramserver.errors import PushPullError, ReplicaMismatch, ServerLost, StepTimeout, WorkerLost
+from paramserver.errors import PushPullError, ServerLost, StaleContribution, StepTimeout, WorkerLost
 from paramserver.partition import Partition
-from paramserver.reduction import maximal_nodes
-from paramserver.state import State, assemble
-from paramserver.transport.channel import Address
-from workers.minibatch import deal_runs
-from workers.report import EvaluationReport, StepReport, merge_evaluations, merge_steps
+from paramserver.state import State
+from workers.minibatch import MinibatchPlan
+from workers.report import EvaluationReport, StepReport
 
 __all__ = ["Coordinator"]
 
-_POLL_S = 1.0
+_POLL_S = 0.1
+_LEAST_DEADLINE_S = 30.0
+_DEADLINE_STEPS = 10
+_ANSWER_S = 5.0
+_MAX_ATTEMPTS = 8
+"""Recoveries in a row without a step: whatever kills the members then will kill the next ones, too."""
 
 
 class Coordinator:
@@ -41,64 +48,42 @@ class Coordinator:
         config: settings of all actors.
         partition: of the task's model.
         state: what the run starts from.
+        restore: the newest state that was saved, for when a server is lost with its memory.
+        on_event: called with whatever happens to the membership.
     """
 
-    def __init__(self, source: TaskSource, config: ClusterConfig, partition: Partition, state: State) -> None:
+    def __init__(
+        self,
+        source: TaskSource,
+        config: ClusterConfig,
+        partition: Partition,
+        state: State,
+        restore: Callable[[], State] | None = None,
+        on_event: Callable[[Event], None] = lambda _: None,
+    ) -> None:
         self._config = config
-        self._partition = partition
-        self._first_version = state.version
-        self._roundings = Roundings(config, partition, state.residuals)
-        state = replace(state, residuals={})  # servers have no use for them
-        check_room(config)
-        self._servers = [
-            self._start_server(index, partition, ray.put(state)) for index in range(config.servers.num_servers)
-        ]
-        self._workers = [self._start_worker(index, source) for index in range(config.worker.num_workers)]
-        self._relays: list[Any] = []
-        self.places: dict[str, list[Place]] = {}
-        self.notices: list[str] = []
-        """What the user should know of how the run is spread, once it is started."""
-
-    def _start_server(self, index: int, partition: Partition, state: Any) -> Any:
-        config = self._config
-        actor = ray.remote(ServerActor).options(num_cpus=1, num_gpus=0, max_restarts=0, max_task_retries=0)
-        return actor.remote(
-            index,
-            partition,
-            config.optimizer,
-            config.worker.plan.microbatches,
-            state,
-            config.run,
-            config.server_threads,
-            config.held_versions,
-            config.arena_dir,
-        )
-
-    def _start_worker(self, index: int, source: TaskSource) -> Any:
-        config, worker = self._config, replace(self._config.worker, worker=index)
-        gpus = 1 if worker.device == "cuda" and not config.share_device else 0
-        actor = ray.remote(WorkerActor).options(
-            num_cpus=1,
-            num_gpus=gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={
-                "env_vars": {
-                    # What libraries under torch read; torch's own number is set by the worker.
-                    "OMP_NUM_THREADS": str(worker.threads),
-                    "OMP_WAIT_POLICY": "passive",
-                    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-                }
-            },
-        )
-        return actor.remote(source, config.options, worker, config.optimizer, config.servers, config.arena_dir)
+        self._crew = Crew(source, config, partition, state, restore or (lambda: state), on_event)
+        self._on_event = on_event
+        self._streams: dict[Any, tuple[int, Member]] = {}
+        self._merger = Merger(MinibatchPlan(config.worker.plan, config.num_samples), state.version)
+        self._quiet_since = time.monotonic()
+        self._step_s: deque[float] = deque(maxlen=50)
+        self._stopping = False
+        self._leaving = False
+        self._attempts = 0
+        self.notices = self._crew.notices
 
     def __enter__(self) -> "Coordinator":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in (*self._workers, *self._relays, *self._servers):
-            ray.kill(actor)
+        self._streams.clear()
+        self._crew.close()
+
+    @property
+    def members(self) -> Any:
+        """The run's processes; see ``Members``."""
+        return self._crew.members
 
     def start(self) -> None:
         """Wait until every actor has its place and its model, and see that all devices are of one kind.
@@ -109,121 +94,27 @@ class Coordinator:
             ReplicaMismatch: if devices differ in what changes bits.
         """
         deadline = time.monotonic() + self._config.start_timeout_s
-        servers = [actor.place.remote() for actor in self._servers]
-        workers = [actor.place.remote() for actor in self._workers]
-        self.places["server"] = [self._started("server", i, ref, deadline) for i, ref in enumerate(servers)]
-        self.places["worker"] = [self._started("worker", i, ref, deadline) for i, ref in enumerate(workers)]
-        self._number_by_node()
-        self._open_servers(deadline)
-        if self._config.transport != "ray":
-            self._open_relays(deadline)
-        self._round_pushes()
-        kinds = [place.device_kind or {} for place in self.places["worker"]]
-        for index, kind in enumerate(kinds):
-            for name, value in kind.items():
-                if value != kinds[0].get(name):
-                    raise ReplicaMismatch(
-                        f"worker {index} has {name} {value!r}, worker 0 has {kinds[0].get(name)!r}: "
-                        "all devices of a run must be of one kind, or their bits differ"
-                    )
+        for member in self._crew.begin():
+            self._crew.placed(member, self._started(member, member.actor.place.remote(), deadline))
+        self._crew.settle()
+        try:
+            self._crew.open_servers()
+            self._crew.group()
+        except ray.exceptions.RayError as error:
+            raise _cause(error) or ServerLost(f"a server died at the start: {error}") from None
 
-    def _number_by_node(self) -> None:
-        """Number workers node by node: then a node's microbatches are one run, and few tree nodes go over the wire."""
-        places = self.places["worker"]
-        nodes = list(dict.fromkeys(place.node for place in places))
-        order = sorted(range(len(places)), key=lambda index: nodes.index(places[index].node))
-        self._workers = [self._workers[index] for index in order]
-        self.places["worker"] = [places[index] for index in order]
-
-    def _open_servers(self, deadline: float) -> None:
-        """Let servers begin to serve; those of one node share the arena of its first."""
-        self._addresses: dict[str, dict[int, Address]] = {}
-        for index, (actor, place) in enumerate(zip(self._servers, self.places["server"], strict=True)):
-            here = self._addresses.setdefault(place.node, {})
-            opened = actor.open.remote(self._servers, next(iter(here.values()), None))
-            here[index] = self._started("server", index, opened, deadline)
-
-    def _open_relays(self, deadline: float) -> None:
-        """On each node with workers, something that stands for the servers elsewhere."""
-        plan, places = self._config.worker.plan, self.places["worker"]
-        runs = deal_runs(plan.microbatches, len(places))
-        self.places["relay"] = []
-        for node in dict.fromkeys(place.node for place in places):
-            here = self._addresses.setdefault(node, {})
-            far = [server for server in range(len(self._servers)) if server not in here]
-            if not far:
-                continue
-            inside = [run for place, run in zip(places, runs, strict=True) if place.node == node]
-            run = range(inside[0].start, inside[-1].stop)
-            self._note_tree_nodes(node, run)
-            relay = self._start_relay(node, run)
-            self._relays.append(relay)
-            rounding = self._roundings.deal(run, far)
-            opened = relay.open.remote(self._servers, far, next(iter(here.values()), None), rounding)
-            self.places["relay"].append(self._started("relay", len(self._relays) - 1, relay.place.remote(), deadline))
-            here.update(self._started("relay", len(self._relays) - 1, opened, deadline))
-
-    def _note_tree_nodes(self, node: str, run: range) -> None:
-        M = self._config.worker.plan.microbatches
-        count = len(maximal_nodes(run.start, run.stop, M))
-        if count > 1:
-            host = next(place.host for place in self.places["worker"] if place.node == node)
-            self.notices.append(
-                f"{host} (node {node[:8]}) sends {count} tree nodes of the parameters' size a step, for microbatches "
-                f"[{run.start}, {run.stop}) of {M}: it is 1 where M / nodes is a power of two and all nodes have as "
-                "many workers"
-            )
-
-    def _round_pushes(self) -> None:
-        """Workers round what they push through Ray; in shared memory there is no wire."""
-        runs = deal_runs(self._config.worker.plan.microbatches, len(self._workers))
-        servers = range(len(self._servers))
-        through_ray = self._config.transport == "ray"
-        self._worker_roundings = [self._roundings.deal(run, servers) if through_ray else None for run in runs]
-        if dropped := self._roundings.dropped:
-            named = ", ".join(f"[{node.lo}, {node.hi})" for node in dropped)
-            self.notices.append(
-                f"residuals of sums over {named} are dropped: in this run nobody sends these sums through Ray"
-            )
-
-    def _start_relay(self, node: str, run: range) -> Any:
-        config, pinned = self._config, NodeAffinitySchedulingStrategy(node, soft=False)
-        actor = ray.remote(RelayActor).options(num_cpus=0, num_gpus=0, max_restarts=0, scheduling_strategy=pinned)
-        timeout_s = config.worker.step_timeout_s
-        return actor.remote(
-            self._partition,
-            config.worker.plan.microbatches,
-            run,
-            config.server_threads,
-            config.arena_dir,
-            timeout_s,
-        )
-
-    def _started(self, role: str, index: int, reference: Any, deadline: float) -> Any:
+    def _started(self, member: Member, reference: Any, deadline: float) -> Any:
         try:
             return ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
         except ray.exceptions.GetTimeoutError:
             raise StepTimeout(
-                f"{role} {index} was not started within {self._config.start_timeout_s:.0f} s: "
+                f"{member} was not started within {self._config.start_timeout_s:.0f} s: "
                 f"the cluster has {resources(ray.clusterresources())}, free are {resources(ray.availableresources())}"
             ) from None
         except ray.exceptions.RayError as error:
-            raise self._lost(role, index, error) from None
+            raise _cause(error) or _lost(member) from None
 
-    def _lost(self, role: str, index: int, error: ray.exceptions.RayError) -> BaseException:
-        """What an actor raised, or that it is gone."""
-        if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-            if not isinstance(error.cause, PushPullError | TaskError):
-                # An error in somebody's task: say where, without Ray's colours.
-                error.cause.add_note(re.sub(r"\x1b\[\d+m", "", str(error)))
-            return error.cause  # type: ignore[no-any-return]
-        init = getattr(error, "cause", None) or getattr(error, "__cause__", None)
-        if isinstance(init, ray.exceptions.RayTaskError) and init.cause is not None:
-            return init.cause  # type: ignore[no-any-return]
-        places = self.places.get(role)
-        where = f" (pid {places[index].pid} on {places[index].host})" if places else ""
-        kind, named = (WorkerLost, {"worker": index}) if role == "worker" else (ServerLost, {"server": index})
-        return kind(f"{role} {index}{where} died: look at its log, or resume with --resume", **named)
+    # -- the run -----------------------------------------------------------------------------------------------------
 
     def run(self, stop_requested: Callable[[], bool]) -> Iterator[StepReport | EvaluationReport]:
         """Let the workers train; gives each step once all have reported it, and each evaluation, in order of steps.
@@ -232,79 +123,194 @@ class Coordinator:
             stop_requested: asked often; once it says so, the run ends with the version that is committed next.
 
         Raises:
-            WorkerLost, ServerLost, StepTimeout: naming who.
+            WorkerLost, ServerLost, StepTimeout: naming who, where nobody can take the place of what was lost.
             Exception: what a worker raised, such as ``DataError``.
         """
-        streams = [
-            actor.run.options(num_returns="streaming").remote(
-                index, self._servers, self._addresses[place.node] if self._config.transport != "ray" else {}, rounding
-            )
-            for index, (actor, place, rounding) in enumerate(
-                zip(self._workers, self.places["worker"], self._worker_roundings, strict=True)
-            )
-        ]
-        indices = {stream: index for index, stream in enumerate(streams)}
-        merged = _Merger(len(streams))
-        quiet_since = time.monotonic()
-        stopping = False
-        while indices:
-            if not stopping and stop_requested():
-                stopping = True
-                self._servers[0].request_stop.remote()
-            ready, _ = ray.wait(list(indices), num_returns=1, timeout=_POLL_S, fetch_local=False)
-            if not ready:
-                self._check_quiet(quiet_since, sorted(indices.values()))
-                continue
-            quiet_since = time.monotonic()
-            index = indices[ready[0]]
-            try:
-                report = ray.get(next(ready[0]))
-            except StopIteration:
-                del indices[ready[0]]
-                continue
-            except ray.exceptions.RayError as error:
-                raise self._lost("worker", index, error) from None
-            for whole in merged.add(report):
-                if isinstance(whole, StepReport):
-                    self._roundings.keep(whole)
+        self._deal()
+        while True:
+            for whole in self._merger.take():
+                self._note(whole)
                 yield whole
+                self._quiet_since = time.monotonic()  # whoever reads us may have been writing a checkpoint
+            if not self._streams:
+                if self._merger.stopped:
+                    return
+                self._recover()
+                continue
+            self._ask_for_changes(stop_requested)
+            if self._crew.bury_fallen(self._merger.emitted + 1):
+                self._recover()
+                continue
+            ready, _ = ray.wait(
+                [*self._streams, *self._crew.starting], num_returns=1, timeout=_POLL_S, fetch_local=False
+            )
+            for reference in ready:
+                if reference in self._streams:
+                    self._read(reference)
+                else:
+                    self._crew.take_in(reference)
+            if not ready:
+                self._check_quiet()
 
-    def _check_quiet(self, since: float, indices: list[int]) -> None:
-        limit = 2.0 * self._config.worker.step_timeout_s
-        if time.monotonic() - since > limit:
-            raise StepTimeout(f"no word from workers {indices} for {limit:.0f} s (twice --step-timeout)")
+    def _note(self, whole: StepReport | EvaluationReport) -> None:
+        if not isinstance(whole, StepReport):
+            return
+        self._crew.roundings.keep(whole)
+        self._attempts = 0
+        if whole.step_ms == whole.step_ms:  # not NaN: somebody lives to tell
+            self._step_s.append(1e-3 * whole.step_ms)
+        if (lost_at := self._crew.lost_at) is not None:
+            self._crew.lost_at = None
+            seconds = time.monotonic() - lost_at
+            text = f"step {whole.step} was committed {seconds:.1f} s after the loss"
+            self._on_event(Event("recovered", text, step=whole.step, seconds=seconds))
+        self._crew.begin_spares()
+
+    def _ask_for_changes(self, stop_requested: Callable[[], bool]) -> None:
+        if not self._stopping and stop_requested():
+            self._stopping = True
+            self._crew.request("request_stop")
+        if self._crew.newcomers and not self._leaving:
+            self._leaving = True
+            self._crew.request("request_leave")
+
+    def _deal(self) -> None:
+        """Give each worker its microbatches and let it go on from the committed version."""
+        crew, version = self._crew, self._crew.version
+        plan = self._config.worker.plan
+        self._merger.learn(crew.commits)
+        ended = version == plan.steps or (crew.last is not None and crew.last.stop)
+        evaluate = self._owes_evaluation(version, ended=ended)
+        seats = crew.dealt if evaluate or not ended else []
+        self._merger.begin(crew.generation, version, {dealt.seat.number: dealt.run for dealt in seats})
+        for member, seat, _, addresses, rounding in seats:
+            stream = member.actor.run.options(num_returns="streaming").remote(
+                seat, crew.server_actors, addresses, rounding, evaluate=evaluate, train=not ended
+            )
+            self._streams[stream] = (crew.generation, member)
+        if self._stopping and not ended:
+            crew.request("request_stop")
+        self._leaving = False
+        self._quiet_since = time.monotonic()
+
+    def _owes_evaluation(self, version: int, *, ended: bool) -> bool:
+        worker = self._config.worker
+        due = ended or (worker.eval_every and version % worker.eval_every == 0)
+        # Reports of it may be on their way still; then it is done twice and told once.
+        return bool(worker.evaluate and due and version > self._merger.evaluated)
+
+    def _read(self, stream: Any) -> None:
+        generation, member = self._streams[stream]
+        try:
+            report = ray.get(next(stream))
+        except StopIteration:
+            self._end(stream)
+            return
+        except ray.exceptions.RayError as error:
+            self._end(stream)
+            self._hear(error, generation, member)
+            return
+        self._quiet_since = time.monotonic()
+        self._merger.add(generation, member.number, report)
+
+    def _end(self, stream: Any) -> None:
+        generation, member = self._streams.pop(stream)
+        self._merger.ended(generation, member.number)
+
+    def _hear(self, error: ray.exceptions.RayError, generation: int, member: Member) -> None:
+        """A worker's run has ended with an error: is it a matter of the membership, or the run's?"""
+        cause = _cause(error)
+        if cause is None:
+            self._crew.bury(member, "died", self._merger.emitted + 1)
+        elif not isinstance(cause, ServerLost | StaleContribution | StepTimeout):
+            raise cause
+        if generation == self._crew.generation:
+            if isinstance(cause, StepTimeout):
+                self._find_culprit(cause)
+            self._recover()
+
+    def _check_quiet(self) -> None:
+        quiet_s = time.monotonic() - self._quiet_since
+        if quiet_s > self._deadline_s():
+            self._find_culprit(
+                StepTimeout(
+                    f"nothing was heard of step {self._merger.emitted + 1} for {quiet_s:.0f} s (--step-timeout)"
+                )
+            )
+            self._recover()
+
+    def _deadline_s(self) -> float:
+        limit = self._config.step_timeout_s
+        if limit is None:
+            limit = max(_LEAST_DEADLINE_S, _DEADLINE_STEPS * statistics.median(self._step_s or [0.0]))
+        # The first step builds caches; an evaluation takes as long as it takes, within reason.
+        slow = not self._step_s or (self._merger.emitted > self._merger.evaluated and self._config.worker.evaluate)
+        return limit + (self._config.start_timeout_s if slow else 0.0)
+
+    # -- recovery ----------------------------------------------------------------------------------------------------
+
+    def _find_culprit(self, error: StepTimeout) -> None:
+        """Somebody has kept all others waiting: end him.
+
+        Raises:
+            StepTimeout: if nobody can be found.
+        """
+        step, crew = self._merger.emitted + 1, self._crew
+        silent = crew.silent(_ANSWER_S)
+        for member in silent:
+            crew.bury(member, f"did not answer for {_ANSWER_S:.0f} s", step)
+        if silent:
+            return
+        late = crew.late(_ANSWER_S)
+        for member in late:
+            crew.bury(member, f"kept all others waiting ({error})", step)
+        if not late:
+            raise error
+
+    def _recover(self) -> None:
+        """Go on from the committed version with whoever is alive."""
+        while True:
+            self._attempts += 1
+            try:
+                self._crew.bury_fallen(self._merger.emitted + 1)
+                self._crew.ensure_workers()
+                self._crew.group()
+                self._deal()
+                return
+            except (ServerLost, WorkerLost, StaleContribution, StepTimeout) as error:
+                if self._attempts >= _MAX_ATTEMPTS or isinstance(error, WorkerLost):
+                    raise
+
+    # -- reading -----------------------------------------------------------------------------------------------------
 
     def state(self, version: int, *, release: bool = False) -> State:
         """A copy of everything at ``version``: the last one, or one that is held (and is given free)."""
-        references = [actor.snapshot.remote(version, release=release) for actor in self._servers]
-        relays = self._relays if self._roundings.active else []
-        asked = [relay.residuals.remote(version, release=release) for relay in relays]
-        timeout_s = self._config.worker.step_timeout_s
-        try:
-            state = assemble(self._partition, ray.get(references, timeout=timeout_s))
-            residuals = self._roundings.collect(version, ray.get(asked, timeout=timeout_s))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        return replace(state, residuals=residuals)
+        while True:
+            try:
+                return self._crew.state(version, release=release)
+            except ServerLost:
+                self._attempts += 1
+                if self._attempts >= _MAX_ATTEMPTS:
+                    raise
+                self._recover()
 
 
-class _Merger:
-    """Puts the workers' reports of a step together once all have come."""
+def _cause(error: ray.exceptions.RayError) -> BaseException | None:
+    """What an actor raised; None if it is gone."""
+    found = error if isinstance(error, ray.exceptions.RayTaskError) else None
+    if found is None:
+        inner = getattr(error, "cause", None) or getattr(error, "__cause__", None)
+        found = inner if isinstance(inner, ray.exceptions.RayTaskError) else None
+    if found is None or found.cause is None:
+        return None
+    cause: BaseException = found.cause
+    if not isinstance(cause, PushPullError | TaskError) and found is error:
+        # An error in somebody's task: say where, without Ray's colours.
+        cause.add_note(re.sub(r"\x1b\[\d+m", "", str(error)))
+    return cause
 
-    def __init__(self, num_workers: int) -> None:
-        self._num_workers = num_workers
-        self._steps: dict[int, list[StepReport]] = {}
-        self._evaluations: dict[int, list[EvaluationReport]] = {}
 
-    def add(self, report: StepReport | EvaluationReport) -> Iterator[StepReport | EvaluationReport]:
-        """Take a report in, give the whole step or evaluation that it completes."""
-        if isinstance(report, StepReport):
-            steps = self._steps.setdefault(report.step, [])
-            steps.append(report)
-            if len(steps) == self._num_workers:
-                yield merge_steps(self._steps.pop(report.step))
-        else:
-            parts = self._evaluations.setdefault(report.step, [])
-            parts.append(report)
-            if len(parts) == self._num_workers:
-                yield merge_evaluations(self._evaluations.pop(report.step))
+def _lost(member: Member) -> PushPullError:
+    kind = WorkerLost if member.role == "worker" else ServerLost
+    details = {member.role: member.number}
+    return kind(f"{member} died: look at its log, or resume with --resume", **details)

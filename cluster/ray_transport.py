@@ -97,6 +97,7 @@ class RayTransport:
         self._servers = list(servers)
         self._pushes: list[dict[Any, int]] = [{} for _ in servers]
         self._arrived: dict[int, _Version] = {}
+        self._generations: dict[int, int] = {}
 
     @property
     def versions(self) -> None:
@@ -105,6 +106,7 @@ class RayTransport:
     def hello(self, server: int, timeout_s: float) -> Hello:
         """See ``Transport.hello``."""
         reply: Hello = self._get(server, self._servers[server].hello.remote(), timeout_s, "say hello")
+        self._generations[server] = reply.generation
         return reply
 
     def allocate(self, numel: int) -> Tensor:
@@ -173,7 +175,8 @@ class RayTransport:
             yield {index: torch.from_numpy(array) for index, array in zip(indices, arrays, strict=True)}
 
     def _ask(self, server: int, version: int, have: int, left_s: float, timeout_s: float) -> Any:
-        return self._servers[server].arrivals.remote(version, have, max(0.0, left_s), timeout_s)
+        generation = self._generations.get(server, 0)
+        return self._servers[server].arrivals.remote(generation, version, have, max(0.0, left_s), timeout_s)
 
     def _answer(self, server: int, version: int, asked: Any, deadline: float, timeout_s: float) -> WireArrival:
         # The server keeps the deadline itself, and knows what it waits for: give it a moment longer to say so.
@@ -193,7 +196,7 @@ class RayTransport:
     def fetch(self, server: int, version: int, timeout_s: float) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
         """See ``Transport.fetch``."""
         arrived = self._arrived.get(server)
-        if arrived is None or arrived.version != version:
+        if arrived is None or arrived.version != version:  # at the start, or of a server that is one ahead
             published: WireArrival = self._get(
                 server, self._servers[server].publish.remote(version), timeout_s, "publish"
             )

@@ -54,7 +54,8 @@ def measure_rounds(config: RoundConfig) -> RoundTimes:
         _get([actor.place.remote() for actor in (*servers, *workers)])
         addresses: dict[int, Any] = {}
         for index, server in enumerate(servers):
-            addresses[index] = _get([server.open.remote(servers, addresses.get(0))])[0]
+            addresses[index] = _get([server.open.remote(index, addresses.get(0))])[0]
+        _get([server.regroup.remote(0, servers, (), {}) for server in servers])
         near = {} if config.transport == "ray" else addresses
         port = _free_port()
         arenas = sum(_get([worker.connect.remote(servers, near, port) for worker in workers]))
@@ -73,8 +74,9 @@ def measure_rounds(config: RoundConfig) -> RoundTimes:
             times, weights = _example_rounds(example, workers, weights, rounds)
             found["ray_example"] += times
             found["limit"] += timed(limit, rounds)
-        commit = _get([servers[0].last_commit.remote()])[0]
-        versions = _get([server.arena_bytes.remote() for server in servers[:1]])[0]
+        commit = _get([servers[0].status.remote()])[0].last
+        held = _get([server.arena_bytes.remote() for server in servers])
+        versions = held[0][0] + sum(own for _, own in held)
         _get([worker.close.remote() for worker in workers])
     finally:
         for actor in actors:
@@ -93,17 +95,15 @@ def _start_servers(config: RoundConfig, partition: Any, state: State) -> list[An
     actor = ray.remote(ServerActor).options(num_cpus=1, max_restarts=0, max_task_retries=0)
     return [
         actor.remote(
-            index,
             partition,
             config.optimizer,
             config.workers,
             state,
             "rounds",
             config.server_threads,
-            (),
             config.arena_dir,
         )
-        for index in range(config.servers.num_servers)
+        for _ in range(config.servers.num_servers)
     ]
 
 

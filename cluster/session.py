@@ -54,6 +54,7 @@ def ray_session(*, address: str | None, num_cpus: int, num_gpus: int, store_byte
             import ray
 
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            _silence()
             try:
                 yield
             finally:
@@ -84,10 +85,20 @@ def _local(folder: Path, num_cpus: int, num_gpus: int, store_bytes: int) -> Iter
             logging_level="ERROR",
             _temp_dir=str(folder),
         )
+    _silence()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _silence() -> None:
+    """The death of a process would print ten lines of advice; whoever watches the run says it in one."""
+    import ray._private.worker as internal
+
+    # Ray's own debugger does the same; there is no public way.
+    if hasattr(internal, "_worker_logs_enabled"):
+        internal._worker_logs_enabled = False
 
 
 @functools.cache

@@ -113,8 +113,13 @@ class RunConfig:
     """Replace an existing run folder."""
     address: str | None = None
     """host:port of a running Ray cluster to join (ps); default: a private local one."""
-    step_timeout: float = 300.0
-    """Seconds after which a wait for a server or worker is an error."""
+    step_timeout: float | None = None
+    """Seconds without a step after which a server or worker is taken for dead (ps) or the run ends (ddp); default: 30,
+    or ten median steps if that is more (ps), 300 (ddp)."""
+    spares: int = 1
+    """Processes that stand by on each node with servers, to take the place of one that dies (ps)."""
+    min_workers: int = 1
+    """With fewer workers left the run waits for replacements, and ends if none come (ps)."""
     slice_bytes: int = 1 << 20
     """Largest slice of the parameters in bytes."""
     dry_run: bool = False
@@ -142,7 +147,7 @@ class RunConfig:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ConfigError(f"--{field.replace('_', '-')} is {value}: it must be 1 or more")
-        for field in ("seed", "eval_every", "checkpoint_every"):
+        for field in ("seed", "eval_every", "checkpoint_every", "spares", "min_workers"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"--{field.replace('_', '-')} is {getattr(self, field)}: it must be 0 or more")
         if self.wire_precision != "fp32" and self.backend != "ps":
@@ -150,7 +155,7 @@ class RunConfig:
                 f"--wire-precision {self.wire_precision} with --backend {self.backend}: only ps sends contributions "
                 "through Ray; say --backend ps or --wire-precision fp32"
             )
-        if not self.step_timeout > 0:
+        if self.step_timeout is not None and not self.step_timeout > 0:
             raise ConfigError(f"--step-timeout is {self.step_timeout}: it must be above 0 seconds")
 
 

@@ -21,6 +21,8 @@ from workers.report import EvaluationReport, StepReport
 __all__ = ["Process", "Running", "drive", "idle_cores", "param_server_session"]
 
 _MIB = 1 << 20
+_DDP_TIMEOUT_S = 300.0
+"""A process group's timeout is fixed when it is made, before anybody knows how long a step takes."""
 
 
 class Process(NamedTuple):
@@ -32,6 +34,14 @@ class Process(NamedTuple):
     node: str
 
 
+class Incident(NamedTuple):
+    """Something that happened to the membership of a run."""
+
+    text: str
+    row: dict[str, Any]
+    """For events.jsonl."""
+
+
 class Running(NamedTuple):
     """A run that is under way."""
 
@@ -39,21 +49,31 @@ class Running(NamedTuple):
     """Committed steps and evaluations, in order; read it to the end."""
     state_at: Callable[[int], State]
     """Reads the version just reported, if it is one that checkpoints are due at, or the last one."""
-    processes: list[Process]
+    processes: Callable[[], list[Process]]
+    """Whatever runs now."""
     notices: tuple[str, ...] = ()
     """What the user should know before the first step, a line each."""
 
 
-def drive(run: Resolved, resume: State | None, *, in_session: bool = False) -> AbstractContextManager[Running]:
+def drive(
+    run: Resolved,
+    resume: State | None,
+    *,
+    in_session: bool = False,
+    restore: Callable[[], State | None] = lambda: None,
+    on_incident: Callable[[Incident], None] = lambda _: None,
+) -> AbstractContextManager[Running]:
     """Start a run on its backend; leaving the context stops whatever was started.
 
     Args:
         run: what to run.
         resume: state to go on from, or None.
         in_session: whether the caller keeps a Ray session (``param_server_session``) for several runs.
+        restore: the newest state that was saved, if any was, for when a server is lost with its memory.
+        on_incident: called when processes of the run die or are replaced.
     """
     if run.config.backend == "ps":
-        return _param_server(run, resume, in_session=in_session)
+        return _param_server(run, resume, restore, on_incident, in_session=in_session)
     return _ddp(run, resume) if run.config.backend == "ddp" else _single(run, resume)
 
 
@@ -62,7 +82,7 @@ def _single(run: Resolved, resume: State | None) -> Iterator[Running]:
     with stop_on_sigterm() as stop:
         worker, backend = build_single_worker(run.task, run.worker, run.optimizer, run.servers, stop, resume)
         processes = [Process(role, 0, os.getpid(), "local") for role in ("driver", "worker")]
-        yield Running(worker.run(), lambda _: backend.state(), processes)
+        yield Running(worker.run(), lambda _: backend.state(), lambda: processes)
 
 
 @contextmanager
@@ -70,10 +90,13 @@ def _ddp(run: Resolved, resume: State | None) -> Iterator[Running]:
     rank = torchrun_rank()
     assert rank is not None
     config = replace(run.worker, worker=rank.rank, device_index=rank.local_rank)
-    with stop_on_sigterm() as stop, process_group(torch.device(config.device), run.config.step_timeout):
+    with (
+        stop_on_sigterm() as stop,
+        process_group(torch.device(config.device), run.config.step_timeout or _DDP_TIMEOUT_S),
+    ):
         worker, backend = build_ddp_worker(run.task, config, run.optimizer, run.servers, stop, resume)
-        pids = enumerate(backend.gather_pids())
-        yield Running(worker.run(), lambda _: backend.state(), [Process("worker", i, pid, "local") for i, pid in pids])
+        processes = [Process("worker", index, pid, "local") for index, pid in enumerate(backend.gather_pids())]
+        yield Running(worker.run(), lambda _: backend.state(), lambda: processes)
 
 
 def param_server_session(
@@ -95,7 +118,14 @@ def idle_cores(workers: int, servers: int) -> int:
 
 
 @contextmanager
-def _param_server(run: Resolved, resume: State | None, *, in_session: bool) -> Iterator[Running]:
+def _param_server(
+    run: Resolved,
+    resume: State | None,
+    restore: Callable[[], State | None],
+    on_incident: Callable[[Incident], None],
+    *,
+    in_session: bool,
+) -> Iterator[Running]:
     config, total = run.config, run.worker.plan.steps
     parts = build_parts(run.task, replace(run.worker, device="cpu"), run.optimizer, run.servers)
     workers, model_bytes = run.worker.num_workers, 4 * parts.partition.length
@@ -121,15 +151,24 @@ def _param_server(run: Resolved, resume: State | None, *, in_session: bool) -> I
             held_versions=held,
             share_device=config.share_device,
             run=uuid.uuid4().hex,
+            num_samples=run.num_samples,
+            spares=config.spares,
+            min_workers=config.min_workers,
+            step_timeout_s=config.step_timeout,
         )
-        with Coordinator(run.source, cluster, parts.partition, resume or parts.state) as coordinator:
+        initial = resume or parts.state
+        with Coordinator(
+            run.source,
+            cluster,
+            parts.partition,
+            initial,
+            restore=lambda: restore() or initial,
+            on_event=lambda event: on_incident(Incident(event.text, event.row())),
+        ) as coordinator:
             coordinator.start()
-            processes = [Process("driver", 0, os.getpid(), "local")]
-            for role, places in coordinator.places.items():
-                processes += [Process(role, index, place.pid, place.node) for index, place in enumerate(places)]
             yield Running(
                 coordinator.run(stop),
                 lambda version: coordinator.state(version, release=version in held),
-                processes,
+                lambda: [Process(*row) for row in coordinator.members.processes()],
                 tuple(coordinator.notices),
             )

@@ -1,5 +1,6 @@
 """Takes a run's reports as they come and keeps its folder: metrics, ledger, checkpoints, summary."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -77,7 +78,8 @@ class Recorder:
             self._folder.append("evaluations.jsonl", {"step": report.step, **self._metrics})
             self._console.evaluation(report, self._metrics)
             return
-        images_per_s = 1e3 * report.samples / report.step_ms
+        # Whoever knew how long the step took may be dead.
+        images_per_s = 1e3 * report.samples / report.step_ms if report.step_ms else math.nan
         self._folder.append("ledger.jsonl", _ledger_row(report))
         self._folder.append("metrics.jsonl", self._metrics_row(report, images_per_s))
         self._console.step(report, images_per_s)
@@ -119,7 +121,7 @@ class Recorder:
     def _summary(self, state: State) -> dict[str, Any]:
         config = self._run.config
         # The first step of a process builds caches and graphs: it is no measure of the others.
-        measured = self._steps[1:] or self._steps
+        measured = [step for step in self._steps[1:] or self._steps if not math.isnan(step.step_ms)]
         times = [report.step_ms for report in measured]
         median = statistics.median(times) if times else float("nan")
         samples = statistics.median([report.samples for report in measured]) if measured else 0

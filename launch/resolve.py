@@ -28,6 +28,7 @@ from workers.replica import describe_model
 
 __all__ = ["Resolved", "choose_device", "resolve", "task_options", "usage_errors"]
 
+_BACKSTOP_S = 1800.0
 _KEEPS_STORE_ORDER = ("x86_64", "AMD64")
 """Processors (``platform.machine()``) that show others what one core writes in the order in which it writes it."""
 
@@ -136,7 +137,8 @@ def resolve(config: RunConfig) -> Resolved:
         # With a vote the last slice may still drop the step: nobody may have begun with the others (E8). And only x86
         # promises that whoever sees a slice's word sees the slice.
         early_forward=filled.early_forward and not optimizer.needs_vote and platform.machine() in _KEEPS_STORE_ORDER,
-        step_timeout_s=config.step_timeout,
+        # Of a worker's own waits: whoever watches the run has acted long before.
+        step_timeout_s=2 * config.step_timeout + 30 if config.step_timeout else _BACKSTOP_S,
     )
     partition, _ = describe_model(task.build_model(), optimizer, servers)  # finds patterns that fit no key
     if config.backend == "ps" and config.address is None:

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from launch.config import RunConfig
 from launch.console import RunConsole, as_note, start_block
-from launch.drivers import drive
+from launch.drivers import Incident, Running, drive
 from launch.environment import environment
 from launch.recorder import Recorder, checkpoint_meta
 from launch.resolve import Resolved, resolve
@@ -168,18 +169,36 @@ def _record(
     """Train, write everything down, and say whether the run was stopped before its end."""
     rank = torchrun_rank() if run.config.backend == "ddp" else None
     last = resume.version if resume else 0
-    with drive(run, resume, in_session=in_session) as running:
+
+    def take_down(incident: Incident) -> None:
+        console.say(as_note(incident.text))
+        folder.append("events.jsonl", incident.row)
+        if started:
+            folder.write("processes.json", [process._asdict() for process in started[0].processes()])
+
+    started: list[Running] = []
+    restore = partial(_newest_saved, folder)
+    with drive(run, resume, in_session=in_session, restore=restore, on_incident=take_down) as running:
+        started.append(running)
         if rank is not None and rank.rank != 0:
             last = max((report.step for report in running.reports), default=last)
             return {}, last < run.worker.plan.steps
         for notice in running.notices:
             console.say(as_note(notice))
-        folder.write("processes.json", [process._asdict() for process in running.processes])
+        folder.write("processes.json", [process._asdict() for process in running.processes()])
         recorder = Recorder(run, folder, console, running.state_at)
         for report in running.reports:
             recorder.take(report)
             last = report.step
         return recorder.finish(running.state_at(last)), last < run.worker.plan.steps
+
+
+def _newest_saved(folder: RunFolder) -> State | None:
+    """What the run can go back to, if it has written a checkpoint."""
+    try:
+        return load_checkpoint(find_checkpoint(folder.path))[0]
+    except CheckpointError:
+        return None
 
 
 def _end_line(summary: dict[str, Any], folder: RunFolder) -> str:

@@ -41,7 +41,8 @@ class Client:
                     "model, options or version of PushPull"
                 )
         self._run, self._generation = hellos[0].run, hellos[0].generation
-        self.version = hellos[0].version
+        # A server that was lost may be one step behind the others: they answer what is pushed to it again.
+        self.version = min(hello.version for hello in hellos)
         self.constants: Mapping[str, Tensor] = hellos[0].constants
 
     def push(
@@ -73,7 +74,7 @@ class Client:
         ]
         stages = commits[0].server_ms
         busy = {stage: sum(commit.server_ms.get(stage, 0.0) for commit in commits) for stage in stages}
-        return commits[0]._replace(server_ms=busy)
+        return commits[0]._replace(server_ms=busy, generation=max(commit.generation for commit in commits))
 
     def pull(self, version: int, out: Tensor) -> Mapping[str, Tensor]:
         """Copy ``version`` into the flat (length,) fp32 vector ``out``; gives the integer buffers back."""

@@ -13,13 +13,10 @@ from paramserver.optimizer import build_slice_optimizer
 from paramserver.partition import BUFFERS, Key, Slice
 from paramserver.reduction import TreeSum
 from paramserver.scratch import Scratch
+from paramserver.server_memory import CHUNK, ServerMemory
 from paramserver.state import SliceSnapshot
 
-__all__ = ["CHUNK", "HeldSlice", "non_finite_gradient"]
-
-CHUNK = 1 << 18
-"""Elements that go through sum, division and update before the next ones do: 1 MiB. Smaller ones fit nearer caches, but
-threads then fight for the interpreter between operations."""
+__all__ = ["HeldSlice", "non_finite_gradient"]
 
 
 class HeldSlice:
@@ -28,7 +25,7 @@ class HeldSlice:
     Args:
         piece: which slice.
         keys: the keys in it with their range inside the slice.
-        values: the two (n,) fp32 vectors; version ``v`` lies in ``values[v % 2]``.
+        memory: where its versions lie; goes on with what stands there.
         config: the optimizer.
         contributions: to the open step.
     """
@@ -37,19 +34,21 @@ class HeldSlice:
         self,
         piece: Slice,
         keys: tuple[tuple[Key, int, int], ...],
-        values: tuple[Tensor, Tensor],
+        memory: ServerMemory,
         config: OptimizerConfig,
         contributions: TreeSum[Tensor],
     ) -> None:
         self.piece = piece
-        self.values = values
+        first, second = memory.vectors
+        self.values = values = (first[piece.start : piece.stop], second[piece.start : piece.stop])
+        """The two (n,) fp32 vectors; version ``v`` lies in ``values[v % 2]``."""
         self._keys = keys
         self._ranges = [(lo, min(lo + CHUNK, piece.numel)) for lo in range(0, piece.numel, CHUNK)]
         self._chunks = (torch.split(values[0], CHUNK), torch.split(values[1], CHUNK))
         factor = config.lr_factor(keys[0][0].name) if keys else 1.0
         self._optimizers = [
-            build_slice_optimizer(pair, config, factor)
-            for pair in (zip(*self._chunks, strict=True) if piece.group != BUFFERS else ())
+            build_slice_optimizer(pair, chunk, config, factor)
+            for pair, chunk in zip(zip(*self._chunks, strict=True), memory.chunks(piece), strict=False)
         ]
         self.parts = range(len(self._ranges))
         """Chunks, which may be updated by different threads."""
@@ -57,8 +56,10 @@ class HeldSlice:
         self._sum = contributions
         self._mean: Tensor | None = None
 
-    def load_optimizer(self, version: int, state: Mapping[str, Tensor]) -> None:
-        """Make copies of ``state``, (n,) vectors and scalars by name, the optimizer's state at ``version``."""
+    def load(self, version: int, values: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Make copies of ``values`` and of the optimizer's ``state``, (n,) vectors and scalars by name, ``version``."""
+        for own in self.values:
+            own.copy_(values)
         for (lo, hi), optimizer in zip(self._ranges, self._optimizers, strict=False):
             optimizer.load_state(
                 version, {name: value[lo:hi] if value.ndim else value for name, value in state.items()}

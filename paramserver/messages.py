@@ -1,15 +1,27 @@
 """What goes between a worker and a server."""
 
+import marshal
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from paramserver.integers import IntegerBlock
 from paramserver.partition import Slice
 from paramserver.reduction import Node
 
-__all__ = ["Commit", "Decision", "FlatSlices", "Hello", "MicrobatchStats", "Push", "Report"]
+__all__ = [
+    "Commit",
+    "Decision",
+    "FlatSlices",
+    "Hello",
+    "MicrobatchStats",
+    "Push",
+    "Report",
+    "pack_commit",
+    "unpack_commit",
+]
 
 
 # A step makes and sends many of these messages: named tuples cost a fifth of frozen data classes.
@@ -80,6 +92,8 @@ class Report(NamedTuple):
     """A server's part of the vote on a step (E8)."""
 
     server: int
+    step: int
+    """Which step is voted on."""
     squared_norms: tuple[tuple[int, int, str, float], ...]
     """Key's offset, start of the piece, key, float64 sum of squares of its mean gradient: in key order when sorted."""
 
@@ -108,13 +122,44 @@ class Commit(NamedTuple):
     skipped: bool = False
     """Whether the step was dropped."""
     grad_norm: float | None = None
-    """l2 norm before clipping, where it was computed."""
+    """l2 norm before clipping, where there was a vote."""
+    scale: float = 1.0
+    """The vote's factor on the mean gradient."""
     server_ms: Mapping[str, float] = _NO_TIMES
     """Busy time of this server by stage."""
     last_worker: int | None = None
     """Whose contribution came last."""
     stop: bool = False
     """Whether this is the last version of the run."""
+    generation: int = 0
+    """In which it was computed."""
+    leave: bool = False
+    """Whether workers are to come back after it: the membership is about to change."""
+
+    @property
+    def decision(self) -> Decision | None:
+        """The vote that was taken on the step, if one was."""
+        if self.grad_norm is None:
+            return None
+        return Decision(not self.skipped, self.scale, self.grad_norm)
+
+
+def pack_commit(commit: Commit, integers: IntegerBlock) -> bytes:
+    """A commit and the integer buffers of its version as bytes.
+
+    Marshalled as plain values: pickle looks each class up by its name, which in caches that a backward has just swept
+    takes longer than all the rest.
+    """
+    rows = tuple(tuple(row) for row in commit.stats)
+    rest: Any = tuple(commit._replace(stats=(), server_ms=()))  # type: ignore[arg-type]
+    return marshal.dumps((rest, rows, tuple(commit.server_ms.items()), integers.layout, integers.to_bytes()))
+
+
+def unpack_commit(data: bytes) -> tuple[Commit, IntegerBlock]:
+    """What ``pack_commit`` made bytes of."""
+    rest, rows, busy, layout, content = marshal.loads(data)
+    commit = Commit(*rest)._replace(stats=tuple(MicrobatchStats(*row) for row in rows), server_ms=dict(busy))
+    return commit, IntegerBlock(layout, content)
 
 
 class Hello(NamedTuple):
@@ -126,3 +171,5 @@ class Hello(NamedTuple):
     version: int
     constants: Mapping[str, Tensor]
     """Frozen keys: they have no slice and never change. Server 0 alone has them."""
+    last: Commit | None = None
+    """The commit of ``version``; None if the run started from it."""

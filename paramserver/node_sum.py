@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from paramserver.held_slice import CHUNK
 from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Hello, Push
 from paramserver.open_step import OpenStep
 from paramserver.partition import Partition, Slice
 from paramserver.reduction import Node, TreeSum, maximal_nodes
 from paramserver.scratch import Scratch
+from paramserver.server_memory import CHUNK
 
 __all__ = ["NodeSum"]
 
@@ -34,7 +34,8 @@ class NodeSum:
         num_microbatches: ``M``, the leaves of the canonical tree.
         run: the node's microbatches.
         hello: what the server says of itself.
-        integers: integer buffers at the server's version.
+        integers: integer buffers of the versions that ``memory`` holds already: the server's and, where a server is one
+            version ahead of others, the one before.
         memory: two flat (length,) fp32 vectors, for versions ``v % 2``: the node's. That of the server's version holds
             its slices already.
         forward: called with each push that is to go on, by the threads that sum; its tensors stay as they are until
@@ -48,7 +49,7 @@ class NodeSum:
         num_microbatches: int,
         run: range,
         hello: Hello,
-        integers: IntegerBlock,
+        integers: Mapping[int, IntegerBlock],
         memory: tuple[Tensor, Tensor],
         forward: Callable[[Push], None],
     ) -> None:
@@ -56,7 +57,7 @@ class NodeSum:
         self.partition = partition
         self.version = hello.version
         self._hello = hello
-        self._integers = integers
+        self._integers = dict(integers)
         self._memory = memory
         self._forward = forward
         self._pieces = {piece.index: piece for piece in partition.by_server[index]}
@@ -80,6 +81,9 @@ class NodeSum:
                 node: flat[start : start + piece.numel] for node, flat in zip(self._nodes, flats, strict=True)
             }
             start += piece.numel
+        self._step.generation = hello.generation
+        self.last = hello.last
+        """The commit of ``version``; None if the run started from it."""
         self._lock = threading.Lock()
         self.open_step()
 
@@ -99,7 +103,7 @@ class NodeSum:
 
     def hello(self) -> Hello:
         """What the server said of itself."""
-        return self._hello._replace(version=self.version)
+        return self._hello._replace(version=self.version, last=self.last)
 
     def push(self, push: Push) -> None:
         """Take a worker's contribution in; see ``OpenStep.push``."""
@@ -180,17 +184,35 @@ class NodeSum:
         """Whether ``commit`` may follow: the new version is here."""
         return self._arrived is not None
 
-    def commit(self, busy: Iterable[Mapping[str, float]] = (), *, open_next: bool = True) -> Commit:
+    def commit(
+        self,
+        busy: Iterable[Mapping[str, float]] = (),
+        *,
+        stop: bool = False,
+        leave: bool = False,
+        open_next: bool = True,
+    ) -> Commit:
         """Make what arrived the current version, the time spent summing here added; see ``Server.commit``."""
         assert self._arrived is not None
-        commit, self._integers = self._arrived
+        commit, integers = self._arrived
+        before = {version: held for version, held in self._integers.items() if version == self.version}
         self.version = commit.version
+        self._integers = {**before, self.version: integers}
         if open_next:
             self.open_step()
         here = {stage: 1e3 * sum(thread.get(stage, 0.0) for thread in busy) for stage in commit.server_ms}
-        return commit._replace(server_ms={name: value + here[name] for name, value in commit.server_ms.items()})
+        busy_ms = {name: value + here[name] for name, value in commit.server_ms.items()}
+        self.last = commit._replace(server_ms=busy_ms, stop=stop or commit.stop, leave=leave or commit.leave)
+        return self.last
+
+    def readable(self, version: int) -> bool:
+        """Whether ``version`` stands here: the committed one, and one that came before anything was pushed here."""
+        return version in self._integers and (version == self.version or not self._step.stats)
 
     def integers(self, version: int) -> IntegerBlock:
-        """Integer and boolean buffers at the committed version."""
-        assert version == self.version
-        return self._integers
+        """Integer and boolean buffers at a readable version."""
+        return self._integers[version]
+
+    def regroup(self, generation: int) -> None:
+        """A change of the membership gives every node another run, so it makes new objects of this class."""
+        raise AssertionError("a node's sum is made anew")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from paramserver.config import OptimizerConfig
+from paramserver.server_memory import ChunkMemory
 
 __all__ = ["SliceOptimizer", "build_slice_optimizer"]
 
@@ -34,18 +35,19 @@ class SliceOptimizer(Protocol):
 
 
 def build_slice_optimizer(
-    values: tuple[Tensor, Tensor], config: OptimizerConfig, lr_factor: float = 1.0
+    values: tuple[Tensor, Tensor], memory: ChunkMemory, config: OptimizerConfig, lr_factor: float = 1.0
 ) -> SliceOptimizer:
     """The optimizer of one slice.
 
     Args:
         values: the two (n,) fp32 vectors of the slice; version ``v`` lies in ``values[v % 2]``.
+        memory: where its state lies; goes on with what stands there.
         config: the optimizer.
         lr_factor: factor on the learning rate of this slice's group.
     """
     if config.name == "sgd":
-        return _Sgd(values, config, lr_factor)
-    return _TorchOptimizer(values, config, lr_factor)
+        return _Sgd(values, memory, config, lr_factor)
+    return _TorchOptimizer(values, memory, config, lr_factor)
 
 
 class _Sgd:
@@ -54,12 +56,16 @@ class _Sgd:
     The formulas are those of torch/optim/sgd.py ``_single_tensor_sgd``, with ``out=`` in place of in-place.
     """
 
-    def __init__(self, values: tuple[Tensor, Tensor], config: OptimizerConfig, lr_factor: float) -> None:
+    def __init__(
+        self, values: tuple[Tensor, Tensor], memory: ChunkMemory, config: OptimizerConfig, lr_factor: float
+    ) -> None:
         self._values = values
         self._config = config
         self._lr_factor = lr_factor
-        self._momentum = (torch.empty_like(values[0]), torch.empty_like(values[0])) if config.momentum else None
-        self._has_momentum = [False, False]
+        first, second = memory.vectors
+        self._momentum = (first["momentum_buffer"], second["momentum_buffer"]) if config.momentum else None
+        self._updates = memory.updates
+        self._has_momentum = [bool(count) for count in memory.updates]
 
     def step(self, version: int, gradient: Tensor, lr: float) -> None:
         """See ``SliceOptimizer.step``."""
@@ -74,7 +80,7 @@ class _Sgd:
                 torch.mul(self._momentum[source], config.momentum, out=direction).add_(gradient)
             else:
                 direction.copy_(gradient)
-            self._has_momentum[target] = True
+            self._note_momentum(target, known=True)
             if config.nesterov:
                 direction = gradient.add_(direction, alpha=config.momentum)
         self._move(version, direction, lr)
@@ -88,7 +94,7 @@ class _Sgd:
             return
         direction = torch.mul(self._momentum[source], self._config.momentum, out=self._momentum[target])
         direction.addcdiv_(total, divisor)  # rounds the quotient, then the sum
-        self._has_momentum[target] = True
+        self._note_momentum(target, known=True)
         self._move(version, direction, lr)
 
     def _move(self, version: int, direction: Tensor, lr: float) -> None:
@@ -96,11 +102,16 @@ class _Sgd:
         # One fused multiply-add: p - lr * m in two operations would give other bits.
         torch.add(old, direction, alpha=-lr * self._lr_factor, out=new)
 
+    def _note_momentum(self, half: int, *, known: bool) -> None:
+        if self._has_momentum[half] != known:
+            self._has_momentum[half] = known
+            self._updates[half].fill_(known)
+
     def skip(self, version: int) -> None:
         """See ``SliceOptimizer.skip``."""
         source, target = version % 2, (version + 1) % 2
         self._values[target].copy_(self._values[source])
-        self._has_momentum[target] = self._has_momentum[source]
+        self._note_momentum(target, known=self._has_momentum[source])
         if self._momentum is not None and self._has_momentum[source]:
             self._momentum[target].copy_(self._momentum[source])
 
@@ -111,18 +122,26 @@ class _Sgd:
 
     def load_state(self, version: int, state: Mapping[str, Tensor]) -> None:
         """See ``SliceOptimizer.load_state``."""
-        self._has_momentum[version % 2] = self._momentum is not None and "momentum_buffer" in state
-        if self._momentum is not None and "momentum_buffer" in state:
+        known = self._momentum is not None and "momentum_buffer" in state
+        self._note_momentum(version % 2, known=known)
+        if self._momentum is not None and known:
             self._momentum[version % 2].copy_(state["momentum_buffer"])
 
 
 class _TorchOptimizer:
     """``torch.optim`` on a copy: version ``t`` and its state are copied, then stepped in place."""
 
-    def __init__(self, values: tuple[Tensor, Tensor], config: OptimizerConfig, lr_factor: float) -> None:
+    def __init__(
+        self, values: tuple[Tensor, Tensor], memory: ChunkMemory, config: OptimizerConfig, lr_factor: float
+    ) -> None:
         self._values = values
         self._lr_factor = lr_factor
+        self._states = tuple(
+            {"step": count, **vectors} for count, vectors in zip(memory.updates, memory.vectors, strict=True)
+        )
         self._optimizers = (_build(config, values[0]), _build(config, values[1]))
+        for optimizer, value, state in zip(self._optimizers, values, self._states, strict=True):
+            optimizer.state[value] = state  # zeros at step 0, as torch would make at the first step
 
     def step(self, version: int, gradient: Tensor, lr: float) -> None:
         """See ``SliceOptimizer.step``."""
@@ -142,25 +161,18 @@ class _TorchOptimizer:
         """See ``SliceOptimizer.skip``."""
         source, target = version % 2, (version + 1) % 2
         self._values[target].copy_(self._values[source])
-        old = self._optimizers[source].state.get(self._values[source], {})
-        new = self._optimizers[target].state[self._values[target]]
-        if not old:
-            new.clear()
-        for name, value in old.items():
-            if isinstance(value, Tensor) and isinstance(new.get(name), Tensor):
-                new[name].copy_(value)
-            else:
-                new[name] = value.clone() if isinstance(value, Tensor) else value
+        for name, value in self._states[source].items():
+            self._states[target][name].copy_(value)
 
     def state(self, version: int) -> dict[str, Tensor]:
         """See ``SliceOptimizer.state``."""
-        state = self._optimizers[version % 2].state.get(self._values[version % 2], {})
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        state = self._states[version % 2]
+        return dict(state) if state["step"] else {}
 
     def load_state(self, version: int, state: Mapping[str, Tensor]) -> None:
         """See ``SliceOptimizer.load_state``."""
-        index = version % 2
-        self._optimizers[index].state[self._values[index]] = {name: value.clone() for name, value in state.items()}
+        for name, own in self._states[version % 2].items():
+            own.copy_(state[name]) if state else own.zero_()
 
 
 def _build(config: OptimizerConfig, values: Tensor) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ update writes stand side by side (E5): updates write version ``t + 1`` and read 
 visible by writing the version number, last.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from paramserver.config import OptimizerConfig
 from paramserver.errors import VersionGone
-from paramserver.held_slice import CHUNK, HeldSlice, non_finite_gradient
+from paramserver.held_slice import HeldSlice, non_finite_gradient
 from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Decision, Hello, Push, Report
 from paramserver.open_step import OpenStep
 from paramserver.partition import BUFFERS, Partition
 from paramserver.reduction import TreeSum
 from paramserver.scratch import Scratch
+from paramserver.server_memory import CHUNK, ServerMemory
 from paramserver.state import ServerSnapshot, State, slice_optimizer_state
 
 __all__ = ["Server"]
@@ -34,10 +36,11 @@ class Server:
         partition: the run's partition.
         config: the optimizer.
         num_microbatches: ``M``, the leaves of the canonical tree.
-        state: what the run starts from, at any version.
+        state: what the run starts from, at any version. Where ``memory`` has a committed version already, that counts,
+            and only frozen keys are taken from here.
         run: run id and resume count; pushes with another one are refused.
-        memory: two flat (length,) fp32 vectors for the two versions, of which this server writes its own slices:
-            servers of one machine may share them. Private ones if None.
+        memory: where both versions lie; private memory if None.
+        generation: of the membership; pushes with an older one are refused.
     """
 
     def __init__(
@@ -48,12 +51,14 @@ class Server:
         num_microbatches: int,
         state: State,
         run: str = "run",
-        memory: tuple[Tensor, Tensor] | None = None,
+        memory: ServerMemory | None = None,
+        generation: int = 0,
     ) -> None:
         self.index = index
         self.partition = partition
         self.config = config
-        self.version = state.version
+        integers = IntegerBlock.pack(state.integers if index == 0 else {})
+        self.memory = memory or ServerMemory(partition, index, config, num_microbatches, state)
         sums = {piece.index: TreeSum[Tensor](num_microbatches) for piece in partition.by_server[index]}
         self._step = OpenStep(
             f"server {index}",
@@ -64,34 +69,49 @@ class Server:
             sums,
             counts_integers=index == 0,
         )
-        # Not zeroed: pages of other servers' slices are never touched and cost nothing.
-        self.memory = memory or (torch.empty(partition.length), torch.empty(partition.length))
-        initial = partition.flatten(state.values)
+        self._step.generation = generation
+        pieces = partition.by_server[index]
         self._slices = {
-            piece.index: self._hold_slice(piece.index, state, initial, sums[piece.index])
-            for piece in partition.by_server[index]
+            piece.index: HeldSlice(piece, partition.pieces[piece.index], self.memory, config, sums[piece.index])
+            for piece in pieces
         }
-        self._integers = [IntegerBlock.pack(state.integers if index == 0 else {}) for _ in range(2)]
         self._constants = dict(state.constants) if index == 0 else {}
+        if not self.memory.filled:
+            initial = partition.flatten(state.values)
+            for piece in pieces:
+                optimizer = slice_optimizer_state(partition, piece.index, state)
+                self._slices[piece.index].load(state.version, initial[piece.start : piece.stop], optimizer)
+            self.memory.commit(Commit(state.version, (), 0.0), integers)
+        self.version = self.memory.version
+        self._integers: dict[int, IntegerBlock] = {}
+        self._last: Commit | None = None
+        for version in (self.version - 1, self.version):
+            if record := self.memory.record(version):
+                self._last, self._integers[version] = record
         self._holds: Counter[int] = Counter()
         self._scratch = self.new_scratch()
         self.open_step()
-
-    def _hold_slice(self, index: int, state: State, initial: Tensor, contributions: TreeSum[Tensor]) -> HeldSlice:
-        piece, keys = self.partition.slices[index], self.partition.pieces[index]
-        values = (self.memory[0][piece.start : piece.stop], self.memory[1][piece.start : piece.stop])
-        for version in values:
-            version.copy_(initial[piece.start : piece.stop])
-        held = HeldSlice(piece, keys, values, self.config, contributions)
-        held.load_optimizer(state.version, slice_optimizer_state(self.partition, index, state))
-        return held
 
     def new_scratch(self) -> Scratch:
         """What a thread needs that calls ``update_part``."""
         return Scratch(min(CHUNK, max((held.piece.numel for held in self._slices.values()), default=0)))
 
+    @property
+    def last(self) -> Commit | None:
+        """The commit of the current version; None if it is the one that the run started from."""
+        return self._last if self._last is not None and self._last.stats else None
+
+    def regroup(self, generation: int) -> None:
+        """The membership has changed: forget what was pushed to the open step, and refuse what older members push.
+
+        What was updated of it already is written again, to the same bits.
+        """
+        self._step.generation = generation
+        self.open_step()
+
     def open_step(self) -> None:
-        """Forget the step that was committed; see ``commit``."""
+        """Forget the step that was committed, or what was pushed to the open one; see ``commit``."""
+        self._written = False
         self._step.open()
         for held in self._slices.values():
             held.open_step()
@@ -100,7 +120,9 @@ class Server:
 
     def hello(self) -> Hello:
         """What a worker checks and takes before its first step."""
-        return Hello(self._step.run, self._step.generation, self.partition.hash, self.version, self._constants)
+        return Hello(
+            self._step.run, self._step.generation, self.partition.hash, self.version, self._constants, self.last
+        )
 
     # -- stage 6, aggregate ------------------------------------------------------------------------------------------
 
@@ -161,7 +183,7 @@ class Server:
         for held in self._slices.values():
             if held.piece.group != BUFFERS:
                 rows.extend(held.squared_norms(self._divisor(held), self._scratch))
-        return Report(self.index, tuple(rows))
+        return Report(self.index, self.version, tuple(rows))
 
     # -- stage 7, update ---------------------------------------------------------------------------------------------
 
@@ -189,6 +211,7 @@ class Server:
         Raises:
             NonFiniteGradient: with ``on_nan="stop"``; the committed version stands.
         """
+        self._written = True
         held, decision = self._slices[index], self._decision
         if decision is not None and not decision.apply:
             if part == 0:
@@ -214,18 +237,28 @@ class Server:
         """Whether ``commit`` may follow; a server without slices waits for the rows and the vote like the others."""
         return self.counted and not self.undecided and all(held.updated for held in self._slices.values())
 
-    def commit(self, busy: Iterable[Mapping[str, float]] = (), *, open_next: bool = True) -> Commit:
+    def commit(
+        self,
+        busy: Iterable[Mapping[str, float]] = (),
+        *,
+        stop: bool = False,
+        leave: bool = False,
+        open_next: bool = True,
+    ) -> Commit:
         """Make what was updated the current version.
 
         Args:
             busy: seconds by stage, of each thread that worked beside this object's own.
+            stop: whether it is the run's last.
+            leave: whether workers are to come back after it.
             open_next: whether the next step is opened at once; if not, ``open_step`` must follow before anything else
                 does, and whoever waits for the commit can be told of it first.
         """
         assert self.updated, "commit before update"
         applied = self._decision is None or self._decision.apply
-        old = self._integers[self.version % 2]
-        self._integers[(self.version + 1) % 2] = old.updated(self._step.integers) if applied else old
+        begin = time.perf_counter()
+        old = self._integers[self.version]
+        integers = old.updated(self._step.integers) if applied else old
         stages = [self._scratch.take_busy(), *busy]
         commit = Commit(
             version=self.version + 1,
@@ -233,10 +266,18 @@ class Server:
             lr=self.config.learning_rate(self.version),
             skipped=not applied,
             grad_norm=self._decision.norm if self._decision else None,
+            scale=self._decision.scale if self._decision else 1.0,
             server_ms={stage: 1e3 * sum(thread.get(stage, 0.0) for thread in stages) for stage in stages[0]},
             last_worker=self._step.last_worker,
+            stop=stop,
+            leave=leave,
+            generation=self._step.generation,
         )
+        commit = commit._replace(server_ms={**commit.server_ms, "commit": 1e3 * (time.perf_counter() - begin)})
+        self.memory.commit(commit, integers)
         self.version += 1
+        self._last = commit
+        self._integers = {self.version - 1: old, self.version: integers}
         if open_next:
             self.open_step()
         return commit
@@ -255,21 +296,27 @@ class Server:
     def flat(self, version: int) -> Tensor:
         """The flat (length,) vector at ``version``, of which this server's slices are valid; see ``values``."""
         self._check_readable(version)
-        return self.memory[version % 2]
+        return self.memory.vectors[version % 2]
 
     def integers(self, version: int) -> IntegerBlock:
         """Integer and boolean buffers at ``version``; not to be written."""
         self._check_readable(version)
-        return self._integers[version % 2]
+        return self._integers[version]
 
-    def hold(self, version: int) -> None:
-        """Keep ``version`` until ``release``: the update that would overwrite it waits."""
+    def hold(self, version: int, *, once: bool = False) -> None:
+        """Keep ``version`` until ``release``: the update that would overwrite it waits.
+
+        Args:
+            version: which.
+            once: whether to do nothing if it is held already.
+        """
         self._check_readable(version)
-        self._holds[version] += 1
+        if not (once and self._holds[version]):
+            self._holds[version] += 1
 
     def release(self, version: int) -> None:
-        """Give a held version free."""
-        self._holds[version] -= 1
+        """Give a held version free; one that is not held stays so."""
+        self._holds[version] = max(0, self._holds[version] - 1)
 
     def snapshot(self, version: int) -> ServerSnapshot:
         """Copies of everything at ``version``."""
@@ -277,12 +324,18 @@ class Server:
         return ServerSnapshot(
             version=version,
             slices={index: held.snapshot(version) for index, held in self._slices.items()},
-            integers={name: value.clone() for name, value in self._integers[version % 2].items()},
+            integers={name: value.clone() for name, value in self._integers[version].items()},
             constants=self._constants,
         )
 
+    def readable(self, version: int) -> bool:
+        """Whether ``version`` stands here: the committed one, and the one before until the open step is updated."""
+        if version == self.version or self._holds[version]:
+            return True
+        return version == self.version - 1 and version in self._integers and not self._written
+
     def _check_readable(self, version: int) -> None:
-        if version != self.version and not self._holds[version]:
+        if not self.readable(version):
             raise VersionGone(f"server {self.index} has version {self.version}, not {version}")
 
 

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from models.task import Task
+from models.task import Sample, Task
 from paramserver.client import Client
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.partition import Partition
@@ -61,10 +62,14 @@ def build_single_worker(
 
 
 def build_param_server_worker(
-    task: Task, config: WorkerConfig, replica: Replica, transport: Transport
+    task: Task,
+    config: WorkerConfig,
+    replica: Replica,
+    transport: Transport,
+    dataset: Dataset[Sample] | None = None,
 ) -> tuple[Worker, ParamServerBackend]:
-    """One worker of a parameter-server run."""
-    client = Client(config.worker, replica.partition, transport, config.step_timeout_s)
+    """One worker of a parameter-server run; ``dataset`` is the training set, which is built if it is None."""
+    client = Client(config.called, replica.partition, transport, config.step_timeout_s)
     run = deal_runs(config.plan.microbatches, config.num_workers)[config.worker]
     backend = ParamServerBackend(
         replica,
@@ -74,7 +79,7 @@ def build_param_server_worker(
         overlap=config.overlap,
         early_forward=config.early_forward,
     )
-    return Worker(task, config, replica, backend), backend
+    return Worker(task, config, replica, backend, dataset), backend
 
 
 def build_ddp_worker(

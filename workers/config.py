@@ -47,7 +47,9 @@ class WorkerConfig:
     plan: PlanConfig
     """The run's minibatches."""
     worker: int = 0
-    """Which worker."""
+    """Which worker: its place among those that compute."""
+    number: int | None = None
+    """What it is called in records, where it keeps its name while others come and go; None: ``worker``."""
     num_workers: int = 1
     """How many there are."""
     device: DeviceKind = "cpu"
@@ -72,6 +74,11 @@ class WorkerConfig:
     """Whether the next forward pass may begin with the parameters that are there, likewise, and without a vote."""
     step_timeout_s: float = 300.0
     """Deadline of each wait for servers or other workers."""
+
+    @property
+    def called(self) -> int:
+        """What it is called in records."""
+        return self.worker if self.number is None else self.number
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:

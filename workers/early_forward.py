@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from paramserver.partition import BUFFERS, Slice
 from workers.replica import Replica
@@ -21,7 +22,7 @@ __all__ = ["EarlyForward"]
 
 
 class EarlyForward:
-    """Hooks a replica's modules for good; one object a replica.
+    """Hooks a replica's modules; use ``close`` at the end.
 
     A parameter that is used before the forward pass of the module that owns it has begun (by a parent that reads
     ``self.child.weight``, say) is found while an ordinary pass is watched, and waited for in advance; so are those of
@@ -41,6 +42,7 @@ class EarlyForward:
             for key, _, _ in held:
                 slices_of.setdefault(key.name, []).append(piece.index)
         names = {parameter: key.name for key, parameter in replica.parameters}
+        self._hooks: list[RemovableHandle] = []
         self._wanted: dict[nn.Module, set[int]] = {}
         self._owned: dict[nn.Parameter, tuple[nn.Module, list[int]]] = {}
         for module in replica.model.modules():
@@ -49,7 +51,7 @@ class EarlyForward:
                 self._owned[parameter] = (module, slices_of.get(names[parameter], []))
             if own:
                 self._wanted[module] = {index for parameter in own for index in self._owned[parameter][1]}
-                module.register_forward_pre_hook(self._enter)
+                self._hooks.append(module.register_forward_pre_hook(self._enter))
         self._first = {piece.index for piece in partition.slices if piece.group == BUFFERS}
         self._missing: set[int] = set()
         self._entered: set[nn.Module] = set()
@@ -99,6 +101,11 @@ class EarlyForward:
         # Another way through the model than the one that was watched.
         if self._missing and parameter in self._owned:
             self._need(self._owned[parameter][1])
+
+    def close(self) -> None:
+        """Take the hooks out of the model again."""
+        for hook in self._hooks:
+            hook.remove()
 
     def bring_rest(self) -> None:
         """After the commit: have the slices that the early pass did not read."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from paramserver.errors import ConfigError
 from paramserver.reduction import Node, children, maximal_nodes
@@ -87,8 +88,10 @@ class GradientSums:
         self._on_key = on_key
         self._counted = False
         self._done = [False] * len(replica.parameters)
+        self._hooks: list[RemovableHandle] = []
         for index, (key, parameter) in enumerate(replica.parameters):
-            parameter.register_post_accumulate_grad_hook(self._hook(index, key.name))  # type: ignore[no-untyped-call]
+            take = self._hook(index, key.name)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
 
     def _private(self) -> Tensor:
         return torch.zeros(self._replica.values.shape, device=self._replica.device)
@@ -108,6 +111,13 @@ class GradientSums:
             self._on_key(index)
 
         return take
+
+    def close(self) -> None:
+        """Take the hooks out of the model again, and drop what an interrupted backward has left."""
+        for hook in self._hooks:
+            hook.remove()
+        for _, parameter in self._replica.parameters:
+            parameter.grad = None
 
     def begin(self, microbatch: int) -> Deposit:
         """The next backward is that of ``microbatch``; gives what will happen with its gradients."""

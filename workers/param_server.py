@@ -192,6 +192,10 @@ class ParamServerBackend:
         return phases_ms
 
     def close(self) -> None:
-        """See ``Backend.close``."""
+        """See ``Backend.close``: another backend may be built for the replica then."""
+        self._sums.close()
+        if self._early is not None:
+            self._early.close()
         self._memory.close()
+        self._replica.let_go()
         self._client.close()

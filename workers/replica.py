@@ -120,6 +120,12 @@ class Replica:
         for (_, parameter), view in zip(self._parameters, views.parameters, strict=True):
             parameter.data = view
 
+    def let_go(self) -> None:
+        """Hold nobody else's memory any more; what ``values`` holds then counts for nothing."""
+        if self.device.type == "cpu":
+            self._known_views.clear()
+            self.point_to(torch.empty(self.partition.length))
+
     def _views(self, flat: Tensor) -> "_Views":
         """The keys' views of a vector; those of the last few are kept, since a run has only a few vectors."""
         found = self._known_views.get(flat.data_ptr())

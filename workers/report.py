@@ -43,6 +43,10 @@ class StepReport:
     residuals: SliceResiduals = field(default_factory=dict)
     """What rounding has left over in this process, where a checkpoint is due of this version."""
 
+    def with_rows(self, rows: Sequence[LedgerRow]) -> "StepReport":
+        """This report with further rows of its ledger."""
+        return replace(self, ledger=tuple(sorted((*self.ledger, *rows)))) if rows else self
+
     @property
     def loss(self) -> float:
         """Mean loss of the minibatch: float64 sums in microbatch order; a weight below 1 counts as 1."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.config import OptimizerConfig
-from paramserver.held_slice import CHUNK
 from paramserver.messages import MicrobatchStats
+from paramserver.server_memory import CHUNK
 from workers.backend import Backend
 from workers.timing import PhaseTimer
 

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import Dataset
 
-from models.task import Batch, LossSum, Task
+from models.task import Batch, LossSum, Sample, Task
 from paramserver.errors import ConfigError
 from paramserver.messages import MicrobatchStats
 from workers.backend import Backend
@@ -38,14 +39,22 @@ class Worker:
         config: this worker's place and settings.
         replica: its model.
         backend: how gradients become the next version.
+        dataset: the training set; None builds it.
     """
 
-    def __init__(self, task: Task, config: WorkerConfig, replica: Replica, backend: Backend) -> None:
+    def __init__(
+        self,
+        task: Task,
+        config: WorkerConfig,
+        replica: Replica,
+        backend: Backend,
+        dataset: Dataset[Sample] | None = None,
+    ) -> None:
         self._task = task
         self._config = config
         self._replica = replica
         self._backend = backend
-        dataset = task.build_dataset("train")
+        dataset = task.build_dataset("train") if dataset is None else dataset
         self.plan = MinibatchPlan(config.plan, len(dataset))  # type: ignore[arg-type]
         self._run = deal_runs(config.plan.microbatches, config.num_workers)[config.worker]
         self._timer = PhaseTimer()
@@ -54,16 +63,23 @@ class Worker:
             task, dataset, self.plan, self._run, backend.version, pin_memory=replica.device.type == "cuda"
         )
 
-    def run(self) -> Iterator[StepReport | EvaluationReport]:
-        """Take step after step; between two reports the caller may read the version just committed."""
+    def run(self, *, evaluate: bool = False, train: bool = True) -> Iterator[StepReport | EvaluationReport]:
+        """Take step after step; between two reports the caller may read the version just committed.
+
+        Args:
+            evaluate: whether to begin with an evaluation, which whoever computed the committed version did not finish.
+            train: whether steps follow.
+        """
         config = self._config
-        while self._backend.version < config.plan.steps:
+        if evaluate:
+            yield from self._evaluation(self._backend.version)
+        while train and self._backend.version < config.plan.steps:
             report = self._step(self._backend.version)
             yield report
             due = config.eval_every and report.step % config.eval_every == 0
             if config.evaluate and (due or report.stop):
                 yield from self._evaluation(report.step)
-            if report.stop:
+            if report.stop or report.commit.leave:
                 return
 
     def _step(self, step: int) -> StepReport:
@@ -83,11 +99,11 @@ class Worker:
         self._begin_early(step + 1)
         commit = self._backend.wait(self._timer)
         step_ms = 1e3 * (time.perf_counter() - begin)
-        ledger = tuple(LedgerRow(index, self._config.worker, microbatches[index]) for index in self._run)
+        ledger = tuple(LedgerRow(index, self._config.called, microbatches[index]) for index in self._run)
         return StepReport(
             step=commit.version,
             epoch=self.plan.epoch(step),
-            worker=self._config.worker,
+            worker=self._config.called,
             commit=commit,
             ledger=ledger,
             step_ms=step_ms,
@@ -154,7 +170,7 @@ class Worker:
         self._backend.pull(PhaseTimer())  # the version just committed, outside of the step's stages
         metric = self._backend.merge_metric(evaluate(self._task, self._replica, self._config))
         if metric is not None:
-            yield EvaluationReport(step, self._config.worker, metric, time.perf_counter() - begin)
+            yield EvaluationReport(step, self._config.called, metric, time.perf_counter() - begin)
 
 
 def _stats(index: int, loss: LossSum, batch: Batch) -> MicrobatchStats:

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from paramserver.arena import Arena
-from paramserver.errors import PushPullError
+from paramserver.errors import PushPullError, ServerLost
 from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Hello, Push
 from paramserver.partition import Partition, Slice
@@ -25,7 +25,9 @@ from paramserver.transport.news import News
 from paramserver.transport.peer import Peer
 from paramserver.transport.versions import VersionsArena
 from paramserver.transport.wire import (
+    Arenas,
     Arrival,
+    AskArenas,
     AskMissing,
     AttachArena,
     Committed,
@@ -61,8 +63,19 @@ class Served(Protocol):
     def ready_parts(self) -> list[tuple[int, int]]: ...
     def update_part(self, index: int, part: int, scratch: Scratch) -> bool: ...
     def new_scratch(self) -> Scratch: ...
-    def commit(self, busy: Iterable[Mapping[str, float]] = (), *, open_next: bool = True) -> Commit: ...
+    @property
+    def last(self) -> Commit | None: ...
+    def commit(
+        self,
+        busy: Iterable[Mapping[str, float]] = (),
+        *,
+        stop: bool = False,
+        leave: bool = False,
+        open_next: bool = True,
+    ) -> Commit: ...
     def open_step(self) -> None: ...
+    def regroup(self, generation: int) -> None: ...
+    def readable(self, version: int) -> bool: ...
     def integers(self, version: int) -> IntegerBlock: ...
 
 
@@ -77,6 +90,7 @@ class Hub:
         before_update: called in the hub's thread before slices are updated, to take a vote that is due.
         on_change: called in the hub's thread after every commit, and with None after a failure.
         least_elements: how many slices' elements it takes to call ``on_written``; waiting workers are told of a third.
+        own: the server's own arena, shown to keepers.
     """
 
     def __init__(
@@ -88,12 +102,18 @@ class Hub:
         before_update: Callable[[], None] = lambda: None,
         on_change: Callable[[Commit | None], None] = lambda _: None,
         least_elements: int = _LEAST_ELEMENTS,
+        own: Arena | None = None,
     ) -> None:
         self.failure: BaseException | None = None
         """What ended the run here, once something has."""
+        self.last = server.last
+        """The commit of the current version, once one was made."""
         self.stop = False
         """Whether the version committed next is to be the run's last."""
+        self.leave = False
+        """Whether workers are to come back after it, since the membership changes."""
         self._server = server
+        self.own = own
         self.versions = versions
         self._before_update = before_update
         self._on_change = on_change
@@ -112,6 +132,8 @@ class Hub:
         self._selector.register(self._wake, selectors.EVENT_READ, self._run_calls)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._closed = threading.Event()
+        self._gate = threading.Lock()
+        self._gone = False
         third = -(-sum(piece.numel for piece in self._pieces) // _THRESHOLDS)
         self._news_for_peers = News(self._pieces, versions, max(least_elements, third))
         self._news_for_owner = News(self._pieces, versions, least_elements)
@@ -128,8 +150,12 @@ class Hub:
     def call(self, function: Callable[[], T]) -> "Future[T]":
         """Run ``function`` in the hub's thread, which alone may touch the server."""
         future: Future[T] = Future()
-        self._calls.put((function, future))
-        os.eventfd_write(self._wake, 1)
+        with self._gate:
+            if self._gone:  # the descriptor may be somebody else's by now
+                future.set_exception(ServerLost(f"server {self._server.index} is closed"))
+            else:
+                self._calls.put((function, future))
+                os.eventfd_write(self._wake, 1)
         return future
 
     def push(self, push: Push) -> "Future[None]":
@@ -152,7 +178,9 @@ class Hub:
             self._thread.join()
             if self._helpers:
                 self._helpers.shutdown()
-            os.close(self._wake)
+            with self._gate:
+                self._gone = True
+                os.close(self._wake)
 
     # -- the hub's thread --------------------------------------------------------------------------------------------
 
@@ -194,7 +222,9 @@ class Hub:
         if channel is None:
             return
         peer = Peer(channel)
-        welcome = Welcome(self._server.hello(), self._server.integers(self._server.version))
+        server = self._server
+        versions = (version for version in (server.version - 1, server.version) if server.readable(version))
+        welcome = Welcome(server.hello(), {version: server.integers(version) for version in versions})
         try:
             channel.send(welcome, [self.versions.arena.descriptor])
             if self.failure is not None:
@@ -223,6 +253,9 @@ class Hub:
         elif isinstance(message, Watch):
             peer.watches = self._watched = True
             self._tell(peer, encode(Written()))  # it may have looked just before one was
+        elif isinstance(message, AskArenas):
+            if self.own is not None:
+                peer.channel.send(Arenas(), [self.versions.arena.descriptor, self.own.descriptor])
         elif isinstance(message, AskMissing):
             self._tell(peer, encode(Missing(self._server.missing())))
         elif isinstance(message, Arrival):
@@ -294,7 +327,6 @@ class Hub:
 
     def _commit(self) -> None:
         server = self._server
-        begin = time.perf_counter()
         busy: dict[str, float] = {}
         for scratch in self._scratches:
             for stage, seconds in scratch.take_busy().items():
@@ -302,20 +334,34 @@ class Hub:
         # Several threads are busy at once: what a worker waits for is their time on the clock.
         share = self._wall / total if (total := sum(busy.values())) else 0.0
         shares = {stage: seconds * share for stage, seconds in busy.items()}
-        commit = server.commit([shares], open_next=False)
+        commit = server.commit([shares], stop=self.stop, leave=self.leave, open_next=False)
         self.versions.commit(server.index, server.version)
-        spent = 1e3 * (time.perf_counter() - begin)
-        self.last = commit._replace(server_ms={**commit.server_ms, "commit": spent}, stop=self.stop or commit.stop)
-        self._tell_all(Committed(self.last, server.integers(server.version)))
+        self.last = commit
+        self._tell_all(Committed(commit, server.integers(server.version)))
         # What follows is done while workers go on.
-        self._on_change(self.last)
+        self._on_change(commit)
+        self._begin_step()
+        server.open_step()
+
+    def _begin_step(self) -> None:
         self._wall = 0.0
         self._news_for_peers.forget()
         self._news_for_owner.forget()
-        server.open_step()
 
-    last: Commit | None = None
-    """The commit of the current version, once one was made."""
+    def regroup(self, generation: int) -> None:
+        """In the hub's thread: the membership has changed. All peers are turned out; who belongs to it comes again.
+
+        Their arenas are forgotten with them: a member that was stopped may wake up and write.
+        """
+        for peer in list(self._peers.values()):
+            self._drop(peer)
+        self._watched = False
+        self.failure = None
+        self.leave = False
+        self._begin_step()
+        # Nobody may take a slice for finished that is about to be written again.
+        self.versions.mark(self._pieces, self._server.version)
+        self._server.regroup(generation)
 
     def _tell_all(self, message: object) -> None:
         payload = encode(message)

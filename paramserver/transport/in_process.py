@@ -21,7 +21,6 @@ class InProcessServers:
     def __init__(self, servers: Sequence[Server]) -> None:
         self.servers = list(servers)
         self._changed = threading.Condition()
-        self._commits: dict[int, Commit] = {}
         self._reports: dict[int, Report] = {}
         self._failure: BaseException | None = None
 
@@ -37,12 +36,12 @@ class InProcessServers:
                 for server in self.servers:
                     if server.ready:
                         server.update()
-                        self._commits[server.index] = server.commit()
+                        server.commit()
             elif all(server.ready for server in self.servers):
                 decision = decide([server.report() for server in self.servers], self.servers[0].config)
                 for server in self.servers:
                     server.update(decision)
-                    self._commits[server.index] = server.commit()
+                    server.commit()
         except BaseException as error:
             self._failure = error  # every other waiting thread must hear of it
 
@@ -64,7 +63,9 @@ class InProcessServers:
                     f"step {version}: server {server} waits for microbatches {missing} "
                     f"since {timeout_s:.0f} s (--step-timeout)"
                 )
-            return self._commits[server]
+            commit = self.servers[server].last
+            assert commit is not None
+            return commit
 
 
 class InProcessTransport:
@@ -81,7 +82,7 @@ class InProcessTransport:
     @property
     def versions(self) -> tuple[Tensor, Tensor] | None:
         """See ``Transport.versions``."""
-        first, *others = (server.memory for server in self._servers.servers)
+        first, *others = (server.memory.vectors for server in self._servers.servers)
         shared = all(memory[0].data_ptr() == first[0].data_ptr() for memory in others)
         return first if shared else None
 

@@ -33,6 +33,7 @@ class Relay:
         versions: the node's arena.
         threads: how many threads sum.
         timeout_s: deadline of each wait for the server.
+        least_version: where the run's servers stand that are furthest behind; None: all are at one version.
     """
 
     def __init__(
@@ -46,14 +47,18 @@ class Relay:
         *,
         threads: int,
         timeout_s: float,
+        least_version: int | None = None,
     ) -> None:
         self._server = server
         self._transport = transport
         self._timeout_s = timeout_s
         hello = transport.hello(server, timeout_s)
-        values, integers = transport.fetch(server, hello.version, timeout_s)
-        for piece, value in zip(partition.by_server[server], values, strict=True):
-            versions.vectors[hello.version % 2][piece.start : piece.stop].copy_(value)
+        integers: dict[int, IntegerBlock] = {}
+        for version in range(hello.version if least_version is None else least_version, hello.version + 1):
+            values, held = transport.fetch(server, version, timeout_s)
+            integers[version] = IntegerBlock.pack(held)
+            for piece, value in zip(partition.by_server[server], values, strict=True):
+                versions.vectors[version % 2][piece.start : piece.stop].copy_(value)
         self._outbox: queue.SimpleQueue[Push | None] = queue.SimpleQueue()
         self._begun: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._sum = NodeSum(
@@ -62,7 +67,7 @@ class Relay:
             num_microbatches,
             run,
             hello,
-            IntegerBlock.pack(integers),
+            integers,
             versions.vectors,
             self._outbox.put,
         )
@@ -116,6 +121,10 @@ class Relay:
             for push in _joined(waiting):
                 self._transport.push(self._server, push)
         return True
+
+    def missing(self) -> list[int]:
+        """The node's microbatches that have not arrived here."""
+        return self._hub.call(self._sum.missing).result()
 
     def close(self) -> None:
         """Stop serving."""

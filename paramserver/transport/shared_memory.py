@@ -49,7 +49,7 @@ class _Line:
     arena: Arena
     partition: Partition
     version: int
-    integers: Mapping[str, Tensor]
+    integers: Mapping[int, Mapping[str, Tensor]]
     commit: Commit | None = None
     watched: bool = False
     """Whether the hub was asked to say when slices have their next version."""
@@ -110,7 +110,7 @@ class SharedMemoryTransport:
             raise ServerLost(f"server {server} is gone: its socket does not answer", server=server) from error
         assert isinstance(welcome, Welcome)
         arena, hello = Arena.attach(descriptor), welcome.hello
-        return _Line(server, channel, hello, arena, self._partition, hello.version, welcome.integers)
+        return _Line(server, channel, hello, arena, self._partition, hello.version, welcome.integers, hello.last)
 
     @property
     def versions(self) -> tuple[Tensor, Tensor] | None:
@@ -226,14 +226,14 @@ class SharedMemoryTransport:
         """See ``Transport.fetch``."""
         line, deadline = self._lines[server], time.monotonic() + timeout_s
         committed = line.versions.committed(server)
-        if committed != version:
-            raise VersionGone(f"server {server} has version {committed}, not {version}")
-        while line.version < version:
+        while line.version < version <= committed:
             try:
                 self._listen(server, deadline)
             except TimeoutError:
                 raise self._late(server, version, timeout_s) from None
-        return line.slices[version % 2], line.integers
+        if version not in line.integers or version < committed - 1:
+            raise VersionGone(f"server {server} has version {committed}, not {version}")
+        return line.slices[version % 2], line.integers[version]
 
     def _listen(self, server: int, deadline: float) -> object:
         """Take one message in; raises the error that it holds."""
@@ -250,7 +250,7 @@ class SharedMemoryTransport:
             raise message.error
         if isinstance(message, Committed):
             line.version, line.commit = message.commit.version, message.commit
-            line.integers = message.integers
+            line.integers = {line.version: message.integers}
 
     def _listen_to_errors(self, server: int) -> None:
         """Raise an error that came behind the commit that was waited for."""

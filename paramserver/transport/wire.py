@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, Hello, MicrobatchStats, Push
+from paramserver.messages import Commit, Hello, MicrobatchStats, Push, pack_commit, unpack_commit
 from paramserver.reduction import Node
 
 __all__ = [
+    "Arenas",
     "Arrival",
+    "AskArenas",
     "AskMissing",
     "AttachArena",
     "Committed",
@@ -67,7 +69,8 @@ class Welcome(NamedTuple):
     """Hub to worker, first: what a transport's ``hello`` tells. The descriptor of the versions' arena comes with it."""
 
     hello: Hello
-    integers: IntegerBlock
+    integers: Mapping[int, IntegerBlock]
+    """Of the committed version, and of the one before it where that still stands."""
 
 
 class Committed(NamedTuple):
@@ -75,6 +78,16 @@ class Committed(NamedTuple):
 
     commit: Commit
     integers: IntegerBlock
+
+
+class AskArenas(NamedTuple):
+    """Keeper to hub, or a server's replacement to a keeper: show the arenas in which a server's versions lie."""
+
+    server: int
+
+
+class Arenas(NamedTuple):
+    """The answer: descriptors of the versions' arena and of the server's own come with it."""
 
 
 class Watch(NamedTuple):
@@ -118,11 +131,7 @@ def encode(message: object) -> bytes:
         integers = (push.integers.layout, push.integers.to_bytes())
         return _ARRIVAL + marshal.dumps((known, rows, integers, places))
     if isinstance(message, Committed):
-        commit = message.commit
-        rows = tuple(tuple(row) for row in commit.stats)
-        rest = (commit.version, commit.lr, commit.skipped, commit.grad_norm, commit.last_worker, commit.stop)
-        integers = (message.integers.layout, message.integers.to_bytes())
-        return _COMMITTED + marshal.dumps((rest, rows, tuple(commit.server_ms.items()), integers))
+        return _COMMITTED + pack_commit(message.commit, message.integers)
     return _PICKLE + pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
 
 
@@ -137,9 +146,6 @@ def decode(data: bytes) -> object:
             return Arrival(push, {index: Place(*where) for index, *where in slices})
         return Arrival(push, VectorPlace(Place(*place), slices))
     if data[:1] == _COMMITTED:
-        (version, lr, skipped, norm, last_worker, stop), rows, busy, (layout, content) = marshal.loads(data[1:])
-        stats = tuple(MicrobatchStats(*row) for row in rows)
-        commit = Commit(version, stats, lr, skipped, norm, dict(busy), last_worker, stop)
-        return Committed(commit, IntegerBlock(layout, content))
+        return Committed(*unpack_commit(data[1:]))
     message: object = pickle.loads(data[1:])
     return message

@@ -112,9 +112,10 @@ def _take_step(fleet: Fleet, link: Link, step: int, nodes: list[Node] | None = N
 
 
 def _send(link: Link, server: int, push: Push, version: int, timeout_s: float = TIMEOUT_S) -> None:
-    """Push by a transport of its own and make one more call, by which an error must have come."""
+    """Push by a transport of its own and make one more call, by which an error must have come once it was taken."""
     transport = link.transport()
     transport.push(server, push)
+    link.settle()
     transport.wait(server, version, timeout_s)
 
 
@@ -320,12 +321,20 @@ def test_a_wait_past_its_deadline_names_the_missing_microbatches(link: Link) -> 
     _assert_version(fleet, link, 1)
 
 
-@pytest.mark.parametrize("version", [0, 2, 3])
+@pytest.mark.parametrize("version", [-1, 2, 3])
 def test_a_version_that_is_not_held_is_gone(link: Link, version: int) -> None:
     fleet = _fleet(link)
     _take_step(fleet, link, 0)
     with pytest.raises(VersionGone, match=f"server 0 has version 1, not {version}"):
         link.transport().fetch(0, version, TIMEOUT_S)
+
+
+def test_the_version_before_can_be_fetched_until_the_next_step_is_pushed(link: Link) -> None:
+    """Where one server has committed and another has not, workers go on from the version that both have."""
+    fleet = _fleet(link)
+    before = [value.clone() for value in link.transport().fetch(0, 0, TIMEOUT_S)[0]]
+    _take_step(fleet, link, 0)
+    assert all(map(torch.equal, link.transport().fetch(0, 0, TIMEOUT_S)[0], before))
 
 
 def test_a_worker_that_cuts_otherwise_is_refused_before_its_first_push(link: Link) -> None:

@@ -148,8 +148,8 @@ def test_a_node_s_relay_rounds_what_it_sends_on_and_gives_its_residuals(link: Ra
     from cluster.rounding import Rounding
 
     def relay(rounding: Rounding) -> tuple[RelayActor, Client]:
-        actor = RelayActor(fleet.partition, M, range(M), 1, "/dev/shm", TIMEOUT_S)
-        addresses = actor.open(link._used, list(range(NUM_SERVERS)), None, rounding)
+        actor = RelayActor(fleet.partition, M, 1, "/dev/shm", TIMEOUT_S)
+        addresses = actor.open(range(M), link._used, list(range(NUM_SERVERS)), None, rounding)
         return actor, Client(0, fleet.partition, SharedMemoryTransport(addresses, fleet.partition), TIMEOUT_S)
 
     def train(client: Client, steps: range) -> None:

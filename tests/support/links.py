@@ -10,6 +10,7 @@ from paramserver.client import Client
 from paramserver.config import OptimizerConfig
 from paramserver.messages import Decision, Report
 from paramserver.server import Server
+from paramserver.server_memory import ServerMemory
 from paramserver.transport.hub import Hub
 from paramserver.transport.in_process import InProcessTransport
 from paramserver.transport.protocol import Transport
@@ -66,22 +67,12 @@ class RayLink(Link):
 
         fleet = Fleet({}, num_servers=num_servers)
         actor = ray.remote(ServerActor).options(num_cpus=1, max_restarts=0, max_task_retries=0)
-        self._actors = [actor.remote(*self._arguments(fleet, index)) for index in range(num_servers)]
+        self._actors = [actor.remote(*self._arguments(fleet)) for _ in range(num_servers)]
         self._used: list[Any] = []
 
     @staticmethod
-    def _arguments(fleet: Fleet, index: int) -> tuple[Any, ...]:
-        return (
-            index,
-            fleet.partition,
-            fleet.optimizer,
-            fleet.num_microbatches,
-            fleet.initial,
-            "run",
-            1,
-            (),
-            "/dev/shm",
-        )
+    def _arguments(fleet: Fleet) -> tuple[Any, ...]:
+        return (fleet.partition, fleet.optimizer, fleet.num_microbatches, fleet.initial, "run", 1, "/dev/shm")
 
     def start(self, fleet: Fleet) -> None:
         """See ``Link.start``."""
@@ -92,12 +83,10 @@ class RayLink(Link):
         ray.get([actor.close.remote() for actor in self._used], timeout=60)
         self._transports: list[Any] = []
         self._used = self._actors[: len(fleet.servers)]
-        anew = [
-            actor.__ray_call__.remote(ServerActor.__init__, *self._arguments(fleet, index))
-            for index, actor in enumerate(self._used)
-        ]
+        anew = [actor.__ray_call__.remote(ServerActor.__init__, *self._arguments(fleet)) for actor in self._used]
         ray.get(anew, timeout=60)
-        ray.get([actor.open.remote(self._used, None) for actor in self._used], timeout=60)
+        ray.get([actor.open.remote(index, None) for index, actor in enumerate(self._used)], timeout=60)
+        ray.get([actor.regroup.remote(0, self._used, (), {}) for actor in self._used], timeout=60)
 
     def transport(self) -> Transport:
         """See ``Link.transport``."""
@@ -131,14 +120,9 @@ class SharedMemoryLink(Link):
         ballot = _Ballot(len(fleet.servers), fleet.optimizer)
         for index in range(len(fleet.servers)):
             versions = share_versions(self._hubs[0].address if self._hubs else None, fleet.partition)
-            server = Server(
-                index,
-                fleet.partition,
-                fleet.optimizer,
-                fleet.num_microbatches,
-                fleet.initial,
-                memory=versions.vectors,
-            )
+            about = (index, fleet.partition, fleet.optimizer, fleet.num_microbatches, fleet.initial)
+            memory = ServerMemory(fleet.partition, index, *about[2:], versions.vectors)
+            server = Server(*about, memory=memory)
             self._hubs.append(Hub(server, versions, threads=2, before_update=partial(server.vote, ballot.cast)))
 
     def transport(self) -> Transport:

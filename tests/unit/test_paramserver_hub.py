@@ -12,6 +12,7 @@ from paramserver.client import Client
 from paramserver.config import OptimizerConfig
 from paramserver.errors import NonFiniteGradient, PartitionMismatch, ServerLost, StepTimeout
 from paramserver.server import Server
+from paramserver.server_memory import ServerMemory
 from paramserver.transport.channel import connect
 from paramserver.transport.hub import Hub
 from paramserver.transport.shared_memory import SharedMemoryTransport
@@ -28,7 +29,8 @@ def fleet() -> Fleet:
 @pytest.fixture
 def hub(fleet: Fleet) -> Iterator[Hub]:
     versions = VersionsArena.create(fleet.partition)
-    server = Server(0, fleet.partition, fleet.optimizer, 2, fleet.initial, memory=versions.vectors)
+    memory = ServerMemory(fleet.partition, 0, fleet.optimizer, 2, fleet.initial, versions.vectors)
+    server = Server(0, fleet.partition, fleet.optimizer, 2, fleet.initial, memory=memory)
     hub = Hub(server, versions, threads=3, least_elements=1)
     yield hub
     hub.close()

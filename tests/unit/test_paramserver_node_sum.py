@@ -19,8 +19,8 @@ from workers.minibatch import deal_runs
 
 def _node_sum(fleet: Fleet, run: range, sent: list[Push], server: int = 0) -> NodeSum:
     vectors = (torch.zeros(fleet.partition.length), torch.zeros(fleet.partition.length))
-    integers = IntegerBlock.pack(fleet.servers[server].integers(fleet.servers[server].version))
     hello = fleet.servers[server].hello()
+    integers = {hello.version: IntegerBlock.pack(fleet.servers[server].integers(hello.version))}
     return NodeSum(server, fleet.partition, fleet.num_microbatches, run, hello, integers, vectors, sent.append)
 
 

@@ -1,6 +1,5 @@
 """Cut into slices, the optimizer does to the bit what ``torch.optim`` does to whole tensors."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from paramserver.config import OptimizerConfig
 from paramserver.optimizer import SliceOptimizer, build_slice_optimizer
+from paramserver.server_memory import ServerMemory
 from tests.support.servers import Fleet, bits_equal, rows_of
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,14 @@ def test_a_sum_is_divided_first(settings: dict[str, Any]) -> None:
 def _slice(settings: dict[str, Any], **changes: Any) -> tuple[tuple[Tensor, Tensor], SliceOptimizer]:
     start = torch.randn(128, generator=torch.Generator().manual_seed(1))
     values = (start, start.clone())
-    return values, build_slice_optimizer(values, OptimizerConfig(**settings), **changes)
+    return values, _build(values, settings, **changes)
+
+
+def _build(values: tuple[Tensor, Tensor], settings: dict[str, Any], **changes: Any) -> SliceOptimizer:
+    config = OptimizerConfig(**settings)
+    fleet = Fleet({"w": values[0]}, config, slice_bytes=512)
+    memory = ServerMemory(fleet.partition, 0, config, 1, fleet.initial)
+    return build_slice_optimizer(values, memory.chunks(fleet.partition.slices[0])[0], config, **changes)
 
 
 def _gradient(step: int) -> Tensor:
@@ -136,7 +143,7 @@ def test_state_goes_around(settings: dict[str, Any], loaded_at: int) -> None:
     kept = optimizer.state(loaded_at)
     vector = values[loaded_at % 2].clone()
     others = (vector, vector.clone())
-    loaded = build_slice_optimizer(others, OptimizerConfig(**settings))
+    loaded = _build(others, settings)
     loaded.load_state(loaded_at, kept)
     assert bits_equal(loaded.state(loaded_at), kept)
     assert all(loaded.state(loaded_at)[name].data_ptr() != value.data_ptr() for name, value in kept.items())
@@ -167,7 +174,7 @@ def test_all_optimizers_that_the_options_name_are_element_wise(settings: dict[st
     whole, both = _slice(settings)
     start = whole[0].clone()
     half = (start[:64].clone(), start[:64].clone())
-    alone = build_slice_optimizer(half, replace(OptimizerConfig(**settings)))
+    alone = _build(half, settings)
     for version in range(3):
         both.step(version, _gradient(version), settings["lr"])
         alone.step(version, _gradient(version)[:64], settings["lr"])

@@ -313,7 +313,7 @@ def test_a_held_version_stays_until_it_is_released() -> None:
         server.values(0)
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, 17])
+@pytest.mark.parametrize("version", [2, -1, 17])
 @pytest.mark.parametrize("read", ["values", "flat", "integers", "snapshot", "hold"])
 def test_a_version_that_is_not_in_memory_is_gone(read: str, version: int) -> None:
     fleet = _fleet()

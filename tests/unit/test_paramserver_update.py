@@ -158,9 +158,9 @@ def test_a_small_norm_leaves_the_gradient_alone() -> None:
 def test_the_vote_adds_in_key_order_whoever_reports_first() -> None:
     config = OptimizerConfig(clip_grad_norm=1.0)
     pieces = [(0, 0, "a", 1.0), (0, 64, "a", 2.0**-53), (128, 128, "b", 2.0**-53), (192, 192, "c", 1e-3)]
-    one = decide([Report(0, tuple(pieces))], config)
+    one = decide([Report(0, 0, tuple(pieces))], config)
     for cut in range(len(pieces)):
-        shares = [Report(0, tuple(pieces[cut:][::-1])), Report(1, tuple(pieces[:cut]))]
+        shares = [Report(0, 0, tuple(pieces[cut:][::-1])), Report(1, 0, tuple(pieces[:cut]))]
         assert decide(shares, config) == decide(shares[::-1], config) == one
     assert one.norm == math.sqrt(((1.0 + 2.0**-53) + 2.0**-53) + 1e-3)
     assert one.scale == 1.0 / (one.norm + 1e-6)
@@ -168,6 +168,6 @@ def test_the_vote_adds_in_key_order_whoever_reports_first() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_vote_names_the_first_key_in_key_order(value: float) -> None:
-    reports = [Report(0, ((128, 128, "b", value),)), Report(1, ((0, 0, "z", 1.0), (64, 64, "a", value)))]
+    reports = [Report(0, 0, ((128, 128, "b", value),)), Report(1, 0, ((0, 0, "z", 1.0), (64, 64, "a", value)))]
     decision = decide(reports, OptimizerConfig(on_nan="skip"))
     assert (decision.apply, decision.key) == (False, "a")

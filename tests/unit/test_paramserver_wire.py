@@ -28,7 +28,7 @@ ROWS = (MicrobatchStats(2, 1.25, 3.0, 4), MicrobatchStats(3, float("inf"), 0.0, 
 INTEGERS = IntegerBlock.pack({"seen": torch.tensor(3), "mask": torch.tensor([True, False])})
 PUSH = Push("run", 5, 1, 2, Node(2, 4), {}, ROWS, INTEGERS)
 PLACE = Place(1, 4096, 300, "float32")
-COMMIT = Commit(6, ROWS, 0.1, True, 2.5, {"update": 1.5, "aggregate": 0.5}, 1, True)
+COMMIT = Commit(6, ROWS, 0.1, True, 2.5, 0.5, {"update": 1.5, "aggregate": 0.5}, 1, True, 3, True)
 MESSAGES: dict[str, Any] = {
     "a vector": Arrival(PUSH, VectorPlace(PLACE, (0, 2))),
     "slices of their own": Arrival(PUSH, {0: PLACE, 3: Place(0, 0, 7, "float64")}),

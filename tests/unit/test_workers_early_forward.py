@@ -12,6 +12,7 @@ from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.fingerprint import fingerprint
 from paramserver.partition import BUFFERS, Slice
 from paramserver.server import Server
+from paramserver.server_memory import ServerMemory
 from paramserver.state import assemble
 from paramserver.transport.hub import Hub
 from paramserver.transport.shared_memory import SharedMemoryTransport
@@ -149,7 +150,9 @@ def test_a_run_that_begins_early_has_the_bits_of_one_that_waits(overlap: bool) -
     config = WorkerConfig(plan=PLAN, overlap=overlap, early_forward=True, eval_every=3, step_timeout_s=TIMEOUT_S)
     parts = build_parts(TinyTask(), config, OPTIMIZER, SERVERS)
     versions = VersionsArena.create(parts.partition)
-    server = Server(0, parts.partition, OPTIMIZER, PLAN.microbatches, parts.state, memory=versions.vectors)
+    about = (OPTIMIZER, PLAN.microbatches, parts.state)
+    memory = ServerMemory(parts.partition, 0, *about, versions.vectors)
+    server = Server(0, parts.partition, *about, memory=memory)
     hub = Hub(server, versions, threads=2, least_elements=1)
     transport = SharedMemoryTransport({0: hub.address}, parts.partition)
     worker, backend = build_param_server_worker(TinyTask(), config, parts.replica, transport)

@@ -1,0 +1,146 @@
+"""The processes of a run: which are alive, and which have just died."""
+
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.place import Place, machine
+
+__all__ = ["Member", "Members", "ProcessRow", "Role"]
+
+Role = Literal["server", "worker", "relay", "spare"]
+
+_END_S = 5.0
+
+
+class ProcessRow(NamedTuple):
+    """A live process of a run, as processes.json has it."""
+
+    role: str
+    index: int  # type: ignore[assignment]  # tuple has a method of that name, which nobody calls here
+    pid: int
+    node: str
+
+
+@dataclass(eq=False)
+class Member:
+    """One actor of the run."""
+
+    role: Role
+    number: int
+    """Its name within its role, which it keeps while others come and go."""
+    actor: Any
+    place: Place | None = None
+    """Where it runs, once it does."""
+    pidfd: int = -1
+
+    def __str__(self) -> str:
+        where = f" (pid {self.place.pid} on {self.place.host})" if self.place else ""
+        return f"{self.role} {self.number}{where}"
+
+    def end(self) -> None:
+        """Kill it, even if it is stopped, and see it gone where that can be seen."""
+        with contextlib.suppress(Exception):  # Ray says in many ways that it is dead already
+            ray.kill(self.actor)
+        if self.place is None:
+            return
+        if self.pidfd >= 0:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            select.select([self.pidfd], [], [], _END_S)
+        else:
+            pinned = NodeAffinitySchedulingStrategy(self.place.node, soft=False)
+            with contextlib.suppress(Exception):
+                ray.remote(_kill).options(num_cpus=0, scheduling_strategy=pinned).remote(self.place.pid)
+
+    def close(self) -> None:
+        """Forget its process."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+def _kill(pid: int) -> None:
+    # Only what Ray started: the number may be another process's by now.
+    if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        os.kill(pid, signal.SIGKILL)
+
+
+class Members:
+    """All actors of a run by role and number; ``close`` ends them."""
+
+    def __init__(self) -> None:
+        self._members: list[Member] = []
+        self._machine = machine()
+
+    def add(self, role: Role, number: int, actor: Any) -> Member:
+        """An actor that was asked for; it has no place yet."""
+        member = Member(role, number, actor)
+        self._members.append(member)
+        return member
+
+    def put(self, member: Member, place: Place) -> None:
+        """The actor runs; on this machine its end is seen at once, elsewhere Ray tells."""
+        member.place = place
+        if place.machine == self._machine:
+            with contextlib.suppress(OSError):  # it is gone already: Ray will tell
+                member.pidfd = os.pidfd_open(place.pid)
+
+    def of(self, role: Role) -> list[Member]:
+        """Those that run, by number."""
+        found = [member for member in self._members if member.role == role and member.place is not None]
+        return sorted(found, key=lambda member: member.number)
+
+    def find(self, role: Role, number: int) -> Member | None:
+        """The one that runs under this number."""
+        return next((member for member in self.of(role) if member.number == number), None)
+
+    def __contains__(self, member: Member) -> bool:
+        return member in self._members
+
+    def fallen(self) -> list[Member]:
+        """Those whose process has ended; they are still here until ``remove``."""
+        watched = [member for member in self._members if member.pidfd >= 0]
+        if not watched:
+            return []
+        poll = select.poll()
+        for member in watched:
+            poll.register(member.pidfd, select.POLLIN)
+        ended = {descriptor for descriptor, _ in poll.poll(0)}
+        return [member for member in watched if member.pidfd in ended]
+
+    def remove(self, member: Member) -> None:
+        """End an actor and forget it."""
+        if member in self._members:
+            self._members.remove(member)
+            member.end()
+            member.close()
+
+    def processes(self) -> list[ProcessRow]:
+        """Rows of processes.json: whatever runs, and this process, the driver."""
+        rows = [ProcessRow("driver", 0, os.getpid(), "local")]
+        for role in ("server", "worker", "relay", "spare"):
+            rows += [ProcessRow(role, m.number, m.place.pid, m.place.node) for m in self.of(role) if m.place]
+        return rows
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(list(self._members))
+
+    def close(self) -> None:
+        """End all actors."""
+        for member in self:
+            with contextlib.suppress(Exception):
+                ray.kill(member.actor)
+            if member.pidfd >= 0:  # one that is stopped hears nothing of Ray's
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(member.pidfd, signal.SIGKILL)
+            member.close()
+        self._members.clear()
