@@ -38,6 +38,7 @@ from paramserver.vote import decide
 from workers.assembly import build_param_server_worker, build_parts
 from workers.config import WorkerConfig
 from workers.device import device_kind
+from workers.faults import NO_FAULTS, Faults, Observer
 from workers.install import check_install
 from workers.report import EvaluationReport, StepReport
 
@@ -84,6 +85,7 @@ class ServerActor:
         partition, optimizer, num_microbatches, state, run: see ``Server``. One that stands by needs no values.
         threads: how many threads sum and update.
         arena_dir: where shared memory is made.
+        faults: what is to happen.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class ServerActor:
         run: str,
         threads: int,
         arena_dir: str,
+        faults: Faults = NO_FAULTS,
     ) -> None:
         prepare_process()
         torch.set_num_threads(1)  # slices go to several threads, one operation does not
@@ -105,6 +108,8 @@ class ServerActor:
         self._run = run
         self._threads = threads
         self._arena_dir = Path(arena_dir)
+        self._faults = faults
+        self._observer: Observer | None = None
         self._held_versions: frozenset[int] = frozenset()
         self._generation = 0
         self._peers: list[Any] = []
@@ -153,6 +158,7 @@ class ServerActor:
         # Copied: its memory in the object store is not needed any more.
         self._about = (optimizer, num_microbatches, replace(state, values={}, optimizer={}))
         self._server = server
+        self._observer = self._faults.observer("server", index)
         self._hub = Hub(
             server,
             versions,
@@ -160,6 +166,7 @@ class ServerActor:
             before_update=lambda: server.vote(self._ask_vote),
             on_change=self._changed,
             own=own,
+            on_stage=None if self._observer is None else self._observer.at,
         )
         return self._hub.address
 
@@ -286,6 +293,8 @@ class ServerActor:
     async def push(self, push: WirePush) -> None:
         """See ``Server.push``."""
         await asyncio.wrap_future(self._hub.push(from_wire(push)))
+        if self._observer is not None and self._observer.at(push.push.step + 1, "push") == "drop-response":
+            await asyncio.Event().wait()
 
     async def publish(self, version: int, have: int = 0) -> WireArrival:
         """The whole ``version``, the committed one or the one before, but for the first ``have`` batches of it."""
@@ -363,8 +372,10 @@ class WorkerActor:
         optimizer: OptimizerConfig,
         servers: ServerConfig,
         arena_dir: str,
+        faults: Faults = NO_FAULTS,
     ) -> None:
         prepare_process()
+        self._faults = faults
         self._arena_dir = Path(arena_dir)
         self._task = build_task(source, options)
         self._config = replace(config, device_index=_gpu_index(config))
@@ -395,7 +406,8 @@ class WorkerActor:
             servers: handles of all servers.
             addresses: where each is reached by shared memory, itself or a relay; empty if Ray is to carry everything.
             rounding: how contributions are rounded that Ray carries, if they are.
-            evaluate, train: see ``Worker.run``.
+            evaluate: see ``Worker.run``.
+            train: see ``Worker.run``.
         """
         config = replace(self._config, worker=seat.position, num_workers=seat.of, number=seat.number)
         partition = self._replica.partition
@@ -404,7 +416,10 @@ class WorkerActor:
         feedback = ErrorFeedback(rounding.precision, partition, rounding.residuals) if rounding else None
         transport = route(servers, addresses, partition, self._arena_dir, feedback, config.step_timeout_s)
         try:
-            worker, backend = build_param_server_worker(self._task, config, self._replica, transport, self._dataset)
+            faults = self._faults.observer("worker", seat.number)
+            worker, backend = build_param_server_worker(
+                self._task, config, self._replica, transport, self._dataset, faults
+            )
         except BaseException:
             transport.close()
             raise

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from models.options import TaskOptions
 from paramserver.config import OptimizerConfig, ServerConfig, WirePrecision
 from workers.config import WorkerConfig
+from workers.faults import NO_FAULTS, Faults
 
 __all__ = ["ClusterConfig", "Seat", "TransportName"]
 
@@ -57,5 +58,7 @@ class ClusterConfig:
     """Processes that stand by on each node with servers, to go on from the memory of one that dies."""
     min_workers: int = 1
     """With fewer the run waits for replacements, and ends if none come."""
+    faults: Faults = NO_FAULTS
+    """What is to happen to the run."""
     step_timeout_s: float | None = None
     """Seconds without a step after which somebody is taken for dead; None: 30, or ten median steps if that is more."""

@@ -159,20 +159,27 @@ class Coordinator:
         self._attempts = 0
         if whole.step_ms == whole.step_ms:  # not NaN: somebody lives to tell
             self._step_s.append(1e-3 * whole.step_ms)
-        if (lost_at := self._crew.lost_at) is not None:
+        if (lost_at := self._crew.lost_at) is not None and whole.commit.generation == self._crew.generation:
             self._crew.lost_at = None
             seconds = time.monotonic() - lost_at
             text = f"step {whole.step} was committed {seconds:.1f} s after the loss"
             self._on_event(Event("recovered", text, step=whole.step, seconds=seconds))
+        if (workers := self._config.faults.scaling.get(whole.step)) is not None:
+            self.scale(workers)
         self._crew.begin_spares()
 
     def _ask_for_changes(self, stop_requested: Callable[[], bool]) -> None:
         if not self._stopping and stop_requested():
             self._stopping = True
             self._crew.request("request_stop")
-        if self._crew.newcomers and not self._leaving:
+        if self._crew.wants_change and not self._leaving:
             self._leaving = True
             self._crew.request("request_leave")
+
+    def scale(self, workers: int) -> None:
+        """Change how many workers there should be; who comes or goes does so between two steps."""
+        self._crew.target = workers
+        self._crew.ask_for_workers()
 
     def _deal(self) -> None:
         """Give each worker its microbatches and let it go on from the committed version."""

@@ -89,7 +89,7 @@ class Crew:
         self._keeper: Keeper | None = None
         self._keepers: list[tuple[str, Member | None, Address]] = []
         """Node, who keeps (None: this process), and where to ask."""
-        self._held = set(config.held_versions)
+        self._held = {version for version in config.held_versions if version > state.version}
         self.generation = -1
         self.version = state.version
         """The version from which the generation goes on."""
@@ -220,6 +220,10 @@ class Crew:
         plan = self._config.worker.plan
         kept = sorted(workers, key=lambda member: member.number)[: min(self.target, plan.microbatches)]
         workers = [member for member in workers if member in kept]
+        for member in [member for member in self.members.of("worker") if member.number >= self.target]:
+            self._event("left", f"{member} leaves after step {self.version}", member, self.version)
+            self.newcomers.discard(member)
+            self.members.remove(member)
         runs = deal_runs(plan.microbatches, len(workers)) if workers else []
         self._open_relays(workers, runs)
         rounded = self._round_pushes(runs)
@@ -237,7 +241,7 @@ class Crew:
             self._tries.pop(newcomer.number, None)
             text = f"{newcomer} takes its share from step {self.version + 1} on"
             self._event("joined", text, newcomer, self.version + 1)
-        self.newcomers.clear()
+        self.newcomers.difference_update(workers)
 
     def _open_relays(self, workers: list[Member], runs: list[range]) -> None:
         """On each node with workers, something that stands for the servers elsewhere."""
@@ -443,6 +447,12 @@ class Crew:
                 address = ray.get(kept, timeout=_ANSWER_S)
                 self._keepers = [known for known in self._keepers if known[1] is not spare]
                 self._keepers.insert(0, (_node(spare), spare, address))
+
+    @property
+    def wants_change(self) -> bool:
+        """Whether a worker has come or is to go, so that microbatches should be dealt anew."""
+        spare_runs = len(self.dealt) < min(self.target, self._config.worker.plan.microbatches)
+        return (bool(self.newcomers) and spare_runs) or len(self.dealt) > self.target
 
     # -- those who come ----------------------------------------------------------------------------------------------
 

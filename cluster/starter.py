@@ -50,6 +50,7 @@ class Starter:
             config.run,
             config.server_threads,
             config.arena_dir,
+            config.faults,
         )
 
     def worker(self, number: int) -> Any:
@@ -70,7 +71,8 @@ class Starter:
                 }
             },
         )
-        return actor.remote(self._source, config.options, worker, config.optimizer, config.servers, config.arena_dir)
+        about = (config.options, worker, config.optimizer, config.servers, config.arena_dir, config.faults)
+        return actor.remote(self._source, *about)
 
     def relay(self, node: str) -> Any:
         """What stands on a node for servers elsewhere."""

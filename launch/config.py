@@ -118,6 +118,8 @@ class RunConfig:
     or ten median steps if that is more (ps), 300 (ddp)."""
     spares: int = 1
     """Processes that stand by on each node with servers, to take the place of one that dies (ps)."""
+    faults: str | None = None
+    """YAML file of faults to happen to the run, e.g. '- kill: {role: worker, index: 1, step: 3, stage: push}' (ps)."""
     min_workers: int = 1
     """With fewer workers left the run waits for replacements, and ends if none come (ps)."""
     slice_bytes: int = 1 << 20

@@ -15,6 +15,7 @@ from launch.resolve import Resolved
 from launch.signals import stop_on_sigterm
 from paramserver.state import State
 from workers.assembly import build_ddp_worker, build_parts, build_single_worker
+from workers.faults import NO_FAULTS, Faults
 from workers.process_group import process_group, torchrun_rank
 from workers.report import EvaluationReport, StepReport
 
@@ -62,6 +63,7 @@ def drive(
     in_session: bool = False,
     restore: Callable[[], State | None] = lambda: None,
     on_incident: Callable[[Incident], None] = lambda _: None,
+    faults: Faults = NO_FAULTS,
 ) -> AbstractContextManager[Running]:
     """Start a run on its backend; leaving the context stops whatever was started.
 
@@ -71,9 +73,10 @@ def drive(
         in_session: whether the caller keeps a Ray session (``param_server_session``) for several runs.
         restore: the newest state that was saved, if any was, for when a server is lost with its memory.
         on_incident: called when processes of the run die or are replaced.
+        faults: what is to happen to it.
     """
     if run.config.backend == "ps":
-        return _param_server(run, resume, restore, on_incident, in_session=in_session)
+        return _param_server(run, resume, restore, on_incident, faults, in_session=in_session)
     return _ddp(run, resume) if run.config.backend == "ddp" else _single(run, resume)
 
 
@@ -123,16 +126,18 @@ def _param_server(
     resume: State | None,
     restore: Callable[[], State | None],
     on_incident: Callable[[Incident], None],
+    faults: Faults,
     *,
     in_session: bool,
 ) -> Iterator[Running]:
     config, total = run.config, run.worker.plan.steps
     parts = build_parts(run.task, replace(run.worker, device="cpu"), run.optimizer, run.servers)
     workers, model_bytes = run.worker.num_workers, 4 * parts.partition.length
+    most = max(workers, *faults.scaling.values(), 0)
     session = (
         nullcontext()
         if in_session
-        else param_server_session(config.address, workers, config.servers, model_bytes, config.transport)
+        else param_server_session(config.address, most, config.servers, model_bytes, config.transport)
     )
     with session, stop_on_sigterm() as stop:
         from cluster.config import ClusterConfig
@@ -154,6 +159,7 @@ def _param_server(
             num_samples=run.num_samples,
             spares=config.spares,
             min_workers=config.min_workers,
+            faults=faults,
             step_timeout_s=config.step_timeout,
         )
         initial = resume or parts.state

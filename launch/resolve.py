@@ -12,6 +12,7 @@ import torch
 
 from cluster.session import check_address
 from launch.config import RunConfig, parse_image_size, parse_pairs
+from launch.fault_file import read_faults
 from models.errors import TaskError
 from models.options import Recipe, TaskOptions
 from models.registry import TaskSource, build_task, read_task
@@ -94,6 +95,10 @@ def resolve(config: RunConfig) -> Resolved:
     options = task_options(config)
     task = build_task(source, options)
     recipe = _recipe(task, config.recipe)
+    if config.faults is not None:
+        if config.backend != "ps":
+            raise ConfigError(f"--faults with --backend {config.backend}: only ps goes on after a fault")
+        read_faults(config.faults, Path())  # what is wrong with it comes out now
     device = choose_device(config)
     workers = _workers(config, device)
     batch_size = config.batch_size or recipe.batch_size

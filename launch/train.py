@@ -16,6 +16,7 @@ from launch.config import RunConfig
 from launch.console import RunConsole, as_note, start_block
 from launch.drivers import Incident, Running, drive
 from launch.environment import environment
+from launch.fault_file import read_faults
 from launch.recorder import Recorder, checkpoint_meta
 from launch.resolve import Resolved, resolve
 from launch.run_folder import RunFolder, read_json
@@ -178,7 +179,8 @@ def _record(
 
     started: list[Running] = []
     restore = partial(_newest_saved, folder)
-    with drive(run, resume, in_session=in_session, restore=restore, on_incident=take_down) as running:
+    faults = read_faults(run.config.faults, folder.path)
+    with drive(run, resume, in_session=in_session, restore=restore, on_incident=take_down, faults=faults) as running:
         started.append(running)
         if rank is not None and rank.rank != 0:
             last = max((report.step for report in running.reports), default=last)

@@ -16,6 +16,7 @@ from paramserver.transport.protocol import Transport
 from workers.config import WorkerConfig
 from workers.ddp import DdpBackend
 from workers.device import setup_device
+from workers.faults import Observer
 from workers.local_servers import LocalServers
 from workers.minibatch import deal_runs
 from workers.param_server import ParamServerBackend
@@ -67,8 +68,18 @@ def build_param_server_worker(
     replica: Replica,
     transport: Transport,
     dataset: Dataset[Sample] | None = None,
+    faults: Observer | None = None,
 ) -> tuple[Worker, ParamServerBackend]:
-    """One worker of a parameter-server run; ``dataset`` is the training set, which is built if it is None."""
+    """One worker of a parameter-server run.
+
+    Args:
+        task: what is learned.
+        config: its place and settings.
+        replica: its model.
+        transport: its way to the servers.
+        dataset: the training set; None builds it.
+        faults: what is to happen to it, if anything is.
+    """
     client = Client(config.called, replica.partition, transport, config.step_timeout_s)
     run = deal_runs(config.plan.microbatches, config.num_workers)[config.worker]
     backend = ParamServerBackend(
@@ -79,7 +90,7 @@ def build_param_server_worker(
         overlap=config.overlap,
         early_forward=config.early_forward,
     )
-    return Worker(task, config, replica, backend, dataset), backend
+    return Worker(task, config, replica, backend, dataset, faults), backend
 
 
 def build_ddp_worker(

@@ -1,7 +1,7 @@
 """The eight stages of a step and the time that each costs on the worker's own clock."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 __all__ = ["PHASES", "PhaseTimer"]
@@ -10,14 +10,21 @@ PHASES = ("split", "pull", "compute", "reduce", "push", "aggregate", "update", "
 
 
 class PhaseTimer:
-    """Adds up exposed seconds by stage; one step at a time."""
+    """Adds up exposed seconds by stage; one step at a time.
 
-    def __init__(self) -> None:
+    Args:
+        on_enter: called with each stage before it begins.
+    """
+
+    def __init__(self, on_enter: Callable[[str], object] | None = None) -> None:
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._on_enter = on_enter
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Book the block's time on ``name``."""
+        if self._on_enter is not None:
+            self._on_enter(name)
         start = time.perf_counter()
         try:
             yield

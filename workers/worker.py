@@ -14,6 +14,7 @@ from paramserver.messages import MicrobatchStats
 from workers.backend import Backend
 from workers.config import WorkerConfig
 from workers.evaluation import evaluate
+from workers.faults import Observer
 from workers.minibatch import MinibatchPlan, deal_runs
 from workers.replica import Replica
 from workers.report import EvaluationReport, LedgerRow, StepReport
@@ -40,6 +41,7 @@ class Worker:
         replica: its model.
         backend: how gradients become the next version.
         dataset: the training set; None builds it.
+        faults: what is to happen here, if anything is.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Worker:
         replica: Replica,
         backend: Backend,
         dataset: Dataset[Sample] | None = None,
+        faults: Observer | None = None,
     ) -> None:
         self._task = task
         self._config = config
@@ -57,7 +60,10 @@ class Worker:
         dataset = task.build_dataset("train") if dataset is None else dataset
         self.plan = MinibatchPlan(config.plan, len(dataset))  # type: ignore[arg-type]
         self._run = deal_runs(config.plan.microbatches, config.num_workers)[config.worker]
-        self._timer = PhaseTimer()
+        self._faults = faults
+        self._at = backend.version + 1
+        self._poisoned = False
+        self._timer = PhaseTimer(None if faults is None else self._look)
         self._begun: _Begun | None = None
         self._loader = MicrobatchLoader(
             task, dataset, self.plan, self._run, backend.version, pin_memory=replica.device.type == "cuda"
@@ -82,7 +88,12 @@ class Worker:
             if report.stop or report.commit.leave:
                 return
 
+    def _look(self, stage: str) -> None:
+        if self._faults is not None and self._faults.at(self._at, stage) == "nan":
+            self._poisoned = True
+
     def _step(self, step: int) -> StepReport:
+        self._at = step + 1
         begin = time.perf_counter()
         self._backend.pull(self._timer)
         microbatches = self.plan.microbatches(step)
@@ -132,6 +143,8 @@ class Worker:
             loss = self._forward(step, index, batch) if begun is None else begun.loss
             on_cpu = self._replica.device.type == "cpu"  # reading the loss would make a GPU wait for us
             self._backend.forwarded(len(batch), _stats(index, loss, batch) if on_cpu else None)
+            if self._poisoned:
+                self._poisoned, loss = False, loss._replace(total=loss.total * float("nan"))
             with self._seeded("backward", step, index):
                 loss.total.backward()  # type: ignore[no-untyped-call]
             # Reading the loss waits for the device, so that its time is booked here and not on the next stage.

@@ -91,6 +91,8 @@ class Hub:
         on_change: called in the hub's thread after every commit, and with None after a failure.
         least_elements: how many slices' elements it takes to call ``on_written``; waiting workers are told of a third.
         own: the server's own arena, shown to keepers.
+        on_stage: called in the hub's thread with step and stage, when something is first summed, when something was
+            updated, and when a version is committed but nobody was told; if it gives ``drop-response``, nobody is.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Hub:
         on_change: Callable[[Commit | None], None] = lambda _: None,
         least_elements: int = _LEAST_ELEMENTS,
         own: Arena | None = None,
+        on_stage: Callable[[int, str], object] | None = None,
     ) -> None:
         self.failure: BaseException | None = None
         """What ended the run here, once something has."""
@@ -113,6 +116,8 @@ class Hub:
         self.leave = False
         """Whether workers are to come back after it, since the membership changes."""
         self._server = server
+        self._on_stage = on_stage
+        self._seen = (0, "")
         self.own = own
         self.versions = versions
         self._before_update = before_update
@@ -279,6 +284,7 @@ class Hub:
             server = self._server
             self._before_update()
             if parts := server.ready_parts():
+                self._look("aggregate")
                 self._update(parts)
             if server.updated:
                 self._commit()
@@ -298,6 +304,8 @@ class Hub:
             for index, part in left:
                 if self._server.update_part(index, part, self._scratches[thread]):
                     self.versions.mark((slices[index],), version)
+                if thread == 0 and self._on_stage is not None:
+                    self._look("update")
                 if thread == 0:
                     self._tell_written(version)
 
@@ -308,6 +316,7 @@ class Hub:
         finally:
             for helper in helpers:
                 helper.result()
+        self._look("update")  # others may have been quicker with all there was
         self._tell_written(version)  # of what other threads wrote last
         self._wall += time.perf_counter() - begin
 
@@ -337,11 +346,20 @@ class Hub:
         commit = server.commit([shares], stop=self.stop, leave=self.leave, open_next=False)
         self.versions.commit(server.index, server.version)
         self.last = commit
-        self._tell_all(Committed(commit, server.integers(server.version)))
+        if self._look("commit") != "drop-response":
+            self._tell_all(Committed(commit, server.integers(server.version)))
         # What follows is done while workers go on.
         self._on_change(commit)
         self._begin_step()
         server.open_step()
+
+    def _look(self, stage: str) -> object:
+        """Tell whoever asked of the stage, once a step."""
+        step = self._server.version + (stage != "commit")
+        if self._on_stage is None or self._seen == (step, stage):
+            return None
+        self._seen = (step, stage)
+        return self._on_stage(step, stage)
 
     def _begin_step(self) -> None:
         self._wall = 0.0

@@ -1,4 +1,4 @@
-"""What a server has committed outlives it: another one goes on from its memory, and the bits are those of one server."""
+"""What a server has committed outlives it: another one goes on from its memory, to the same bits."""
 
 from typing import Any
 
