@@ -1,0 +1,66 @@
+"""A worker or a server is killed at any stage of any step: the run ends with the bits of one that nobody disturbed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.disturbed import Undisturbed, disturbed, kill, lost_in
+from workers.timing import PHASES
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+STEPS = {"first": 1, "middle": 3, "last": 6}
+
+
+@pytest.mark.parametrize("task", ["ssd", "fcn"])
+@pytest.mark.parametrize("stages", [PHASES[:3], PHASES[3:6], PHASES[5:]], ids="-".join)
+def test_workers_killed_one_after_the_other(
+    tmp_path: Path, undisturbed: Undisturbed, task: str, stages: tuple[str, ...]
+) -> None:
+    """Three of four, in the first, a middle and the last step: what is left does it all, or has had replacements."""
+    faults = [kill("worker", 1 + i, step, stages[i]) for i, step in enumerate(STEPS.values())]
+    run = disturbed(tmp_path, task, faults, workers=4)
+    undisturbed.check(task, run)
+    assert [number for role, number, _ in lost_in(run.folder) if role == "worker"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("task", "servers", "faults"),
+    [
+        ("ssd", 1, [("split", 1), ("compute", 4)]),
+        ("ssd", 2, [("push", 2), ("commit", 6)]),
+        ("fcn", 1, [("commit", 1), ("aggregate", 6)]),
+        ("fcn", 2, [("update", 2), ("pull", 4)]),
+        ("ssd", 2, [("commit", 3), ("reduce", 4)]),
+    ],
+)
+def test_servers_killed(
+    tmp_path: Path, undisturbed: Undisturbed, task: str, servers: int, faults: list[tuple[str, int]]
+) -> None:
+    run = disturbed(tmp_path, task, [kill("server", 0, step, stage) for stage, step in faults], servers=servers)
+    undisturbed.check(task, run)
+    assert [role for role, _, _ in lost_in(run.folder)] == ["server", "server"]
+
+
+def test_a_worker_and_both_servers_killed_with_a_vote(tmp_path: Path) -> None:
+    """With clipping a step is voted on; a server that is killed may have acted on the vote already, or not yet."""
+    faults = [kill("server", 1, 2, "update"), kill("server", 0, 3, "commit"), kill("worker", 1, 5, "push")]
+    options: dict[str, Any] = {"servers": 2, "clip_grad_norm": 0.5}
+    (tmp_path / "plain").mkdir()
+    plain = disturbed(tmp_path / "plain", "ssd", [], **options)
+    run = disturbed(tmp_path, "ssd", faults, **options)
+    assert len(lost_in(run.folder)) == 3
+    assert run.summary["state_fingerprint"] == plain.summary["state_fingerprint"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["ssd", "fcn"])
+@pytest.mark.parametrize("role", ["worker", "server"])
+@pytest.mark.parametrize("stage", PHASES)
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
+def test_every_stage_of_the_first_a_middle_and_the_last_step(
+    tmp_path: Path, undisturbed: Undisturbed, task: str, role: str, stage: str, step: int
+) -> None:
+    run = disturbed(tmp_path, task, [kill(role, 0, step, stage)], servers=1 + (task == "ssd"))
+    undisturbed.check(task, run)
+    assert [(lost, number) for lost, number, _ in lost_in(run.folder)] == [(role, 0)]
