@@ -6,6 +6,7 @@ import functools
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -178,4 +179,15 @@ def _sweep() -> None:
     for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
         with contextlib.suppress(OSError), (folder / "lock").open("r") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _end_processes_of(folder)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_processes_of(folder: Path) -> None:
+    """After the kill of a driver some of Ray's processes look for their raylet for a minute."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # gone, or another user's
+            if entry.name.isdigit() and (
+                os.readlink(entry / "cwd") == str(folder) or os.fsencode(folder) in (entry / "cmdline").read_bytes()
+            ):
+                os.kill(int(entry.name), signal.SIGKILL)

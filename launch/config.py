@@ -104,7 +104,12 @@ class RunConfig:
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: at the end alone."""
     resume: str | None = None
-    """Run folder or checkpoint folder to go on from."""
+    """Run folder or checkpoint folder to go on from, or auto: the run's own folder (--name), if it has a checkpoint."""
+    keep_checkpoints: int = 0
+    """How many checkpoints to keep; 0: all. The best one by --best-metric is kept beside them."""
+    best_metric: str | None = None
+    """Metric of the validation split by which a checkpoint is the best, -NAME where less is better; default: its
+    first, more is better."""
     out: str = "runs"
     """Folder of run folders."""
     name: str | None = None
@@ -149,7 +154,7 @@ class RunConfig:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ConfigError(f"--{field.replace('_', '-')} is {value}: it must be 1 or more")
-        for field in ("seed", "eval_every", "checkpoint_every", "spares", "min_workers"):
+        for field in ("seed", "eval_every", "checkpoint_every", "spares", "min_workers", "keep_checkpoints"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"--{field.replace('_', '-')} is {getattr(self, field)}: it must be 0 or more")
         if self.wire_precision != "fp32" and self.backend != "ps":
@@ -157,6 +162,8 @@ class RunConfig:
                 f"--wire-precision {self.wire_precision} with --backend {self.backend}: only ps sends contributions "
                 "through Ray; say --backend ps or --wire-precision fp32"
             )
+        if self.resume == "auto" and self.name is None:
+            raise ConfigError("--resume auto looks into the run's own folder: say which by --name")
         if self.step_timeout is not None and not self.step_timeout > 0:
             raise ConfigError(f"--step-timeout is {self.step_timeout}: it must be above 0 seconds")
 

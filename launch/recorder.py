@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from launch.console import RunConsole
 from launch.resolve import Resolved
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, read_json
 from paramserver.fingerprint import fingerprint
 from paramserver.state import State
-from workers.checkpoint import save_checkpoint
+from workers.checkpoint import drop_checkpoints, save_checkpoint
 from workers.report import EvaluationReport, StepReport
 from workers.timing import PHASES
 
@@ -69,12 +69,20 @@ class Recorder:
         self._steps: list[_Measured] = []
         self._losses: list[float] = []
         self._metrics: dict[str, float] = {}
+        self._evaluated = -1
+        self._best: tuple[float, int] | None = None
+        """Score and step of the best checkpoint."""
+        if (known := folder.checkpoints / "best.json").exists():
+            row = read_json(known)
+            self._best = (row["score"], row["step"])
         self._started = time.time()
 
     def take(self, report: StepReport | EvaluationReport) -> None:
         """Write one report down."""
         if isinstance(report, EvaluationReport):
             self._metrics = report.metric.compute()
+            self._evaluated = report.step
+            self._note_best(report.step)
             self._folder.append("evaluations.jsonl", {"step": report.step, **self._metrics})
             self._console.evaluation(report, self._metrics)
             return
@@ -110,6 +118,24 @@ class Recorder:
         # The residuals' dtype does not stop a resume: with another one they are dropped.
         meta = {**checkpoint_meta(self._run), "wire_precision": self._run.config.wire_precision}
         save_checkpoint(self._folder.checkpoints, state, meta)
+        self._note_best(state.version)
+        self._drop_old()
+
+    def _note_best(self, step: int) -> None:
+        """Note a checkpoint that was evaluated, too, if it is the best so far."""
+        if step != self._evaluated or not (self._folder.checkpoints / f"step_{step}").exists():
+            return
+        name = self._run.config.best_metric or next(iter(self._metrics), "")
+        value = self._metrics.get(name.removeprefix("-"), math.nan)
+        score = -value if name.startswith("-") else value
+        if not math.isnan(score) and (self._best is None or score > self._best[0]):
+            self._best = (score, step)
+            row = {"step": step, "metric": name.removeprefix("-"), "value": value, "score": score}
+            self._folder.write("checkpoints/best.json", row)
+
+    def _drop_old(self) -> None:
+        if keep := self._run.config.keep_checkpoints:
+            drop_checkpoints(self._folder.checkpoints, keep, {self._best[1]} if self._best else set())
 
     def finish(self, state: State) -> dict[str, Any]:
         """Write the last checkpoint and summary.json; gives the summary back."""

@@ -11,16 +11,24 @@ from typing import Any
 import yaml
 
 from launch.config import RunConfig
-from paramserver.errors import CheckpointError, ConfigError
+from paramserver.errors import CheckpointError, ConfigError, PushPullError
+from workers.checkpoint import list_checkpoints, step_of, sweep_checkpoints
 
-__all__ = ["RunFolder", "read_json", "write_json"]
+__all__ = ["AUTO", "RunFolder", "read_json", "write_json"]
+
+AUTO = "auto"
+"""``--resume auto``: go on in the run's own folder, if there is something to go on from."""
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically: readers see the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=True) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PushPullError(f"{path} cannot be written ({error.strerror}): is the disk full?") from error
 
 
 def read_json(path: Path) -> Any:
@@ -54,7 +62,7 @@ class RunFolder:
             ConfigError: if it exists already and is neither resumed nor overwritten, or cannot be written.
         """
         out = Path(config.out).expanduser()
-        if config.name is None and config.resume is not None:
+        if config.name is None and config.resume is not None and config.resume != AUTO:
             path = cls.of_checkpoint(Path(config.resume)).path
         else:
             path = out / (config.name or cls._default_name(config))
@@ -68,9 +76,11 @@ class RunFolder:
 
     def _is_resumed(self, config: RunConfig) -> bool:
         """Whether the run goes on in this very folder, instead of taking another run's checkpoint."""
-        return config.resume is not None and self.of_checkpoint(Path(config.resume)).path.resolve() == (
-            self.path.resolve()
-        )
+        return config.resume is not None and self.source(config).path.resolve() == self.path.resolve()
+
+    def source(self, config: RunConfig) -> "RunFolder":
+        """The folder of the run that is gone on from."""
+        return self if config.resume in (None, AUTO) else self.of_checkpoint(Path(str(config.resume)))
 
     @staticmethod
     def _default_name(config: RunConfig) -> str:
@@ -93,6 +103,7 @@ class RunFolder:
         if self.path.exists() and config.overwrite and not self._is_resumed(config):
             shutil.rmtree(self.path)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        sweep_checkpoints(self.checkpoints)
         # What belongs to this call, not to the run, is left out, so that running the file again repeats the run.
         settings = {
             name: value for name, value in config.to_dict().items() if name not in ("resume", "overwrite", "dry_run")
@@ -116,8 +127,12 @@ class RunFolder:
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Add a line to a JSONL file and flush it."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.path / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise PushPullError(f"{path} cannot be written ({error.strerror}): is the disk full?") from error
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
         """Rows of a JSONL file; a torn last line is left out."""
@@ -135,8 +150,8 @@ class RunFolder:
 
         Later checkpoints of this folder go: they belong to steps that are about to be taken again.
         """
-        for later in self.checkpoints.glob("step_*"):
-            if later.name[5:].isdigit() and int(later.name[5:]) > step:
+        for later in list_checkpoints(self.checkpoints):
+            if step_of(later) > step:
                 shutil.rmtree(later)
         for name in ("metrics.jsonl", "ledger.jsonl", "evaluations.jsonl"):
             kept = [row for row in source.rows(name) if row["step"] <= step]

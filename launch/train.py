@@ -4,7 +4,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,14 @@ from launch.console import RunConsole, as_note, start_block
 from launch.drivers import Incident, Running, drive
 from launch.environment import environment
 from launch.fault_file import read_faults
-from launch.recorder import Recorder, checkpoint_meta
+from launch.recorder import Recorder
 from launch.resolve import Resolved, resolve
+from launch.resume import choose_resume, newest_intact
 from launch.run_folder import RunFolder, read_json
 from launch.torchrun import run_under_torchrun
 from models.errors import TaskError
 from paramserver.errors import CheckpointError, PushPullError
 from paramserver.state import State
-from workers.checkpoint import find_checkpoint, load_checkpoint
 from workers.install import check_install
 from workers.process_group import torchrun_rank
 
@@ -60,10 +60,10 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
     check_install()
     torch.set_num_threads(config.threads)
     resolved = resolve(config)
-    resume, notices = _resume(resolved)
     rank = torchrun_rank() if config.backend == "ddp" else None
     writes = rank is None or rank.rank == 0
     folder = RunFolder.choose(config) if writes else RunFolder(Path(config.out) / (config.name or "unnamed"))
+    resume, notices = choose_resume(resolved, folder)
     quiet = quiet or not writes
     if config.dry_run:
         if not quiet:
@@ -74,8 +74,8 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
     if writes:
         folder.create(resolved.config)
         folder.write("env.json", environment())
-        if resume is not None:
-            folder.cut_back(resume.version, RunFolder.of_checkpoint(Path(str(config.resume))))
+        if config.resume is not None:
+            folder.cut_back(resume.version if resume else 0, folder.source(config))
     console = RunConsole(resolved.worker.plan.steps, resume.version if resume else 0, quiet=quiet)
     console.say("\n".join([start_block(resolved), f"folder    {folder.path}", *map(as_note, notices)]))
     try:
@@ -96,30 +96,6 @@ def _launch_ranks(resolved: Resolved, folder: RunFolder, *, quiet: bool) -> RunR
     named = replace(config, out=str(folder.path.parent), name=folder.path.name, overwrite=True)
     code = run_under_torchrun(named, folder, quiet=quiet)
     return RunResult(folder.path, read_json(folder.path / "summary.json"), code)
-
-
-def _resume(resolved: Resolved) -> tuple[State | None, list[str]]:
-    """The state to go on from, checked against the run's settings, and what the user should know of it."""
-    if resolved.config.resume is None:
-        return None, []
-    path = find_checkpoint(Path(resolved.config.resume).expanduser())
-    state, meta = load_checkpoint(path)
-    for name, value in checkpoint_meta(resolved).items():
-        if meta.get(name) != value:
-            raise CheckpointError(
-                f"--resume {path}: it was written with {name} {meta.get(name)}, this run has {value}: "
-                "the same bits need the same settings (running its config.yaml gives them)"
-            )
-    if state.version >= resolved.worker.plan.steps:
-        raise CheckpointError(
-            f"--resume {path}: it has {state.version} steps already, and the run ends at "
-            f"{resolved.worker.plan.steps}: raise --steps or --epochs"
-        )
-    before, now = meta.get("wire_precision"), resolved.config.wire_precision
-    if state.residuals and before != now:
-        dropped = f"residuals in the checkpoint are dropped: it has --wire-precision {before}, this run has {now}"
-        return replace(state, residuals={}), [dropped]
-    return state, []
 
 
 @contextmanager
@@ -145,7 +121,8 @@ def _status(folder: RunFolder, *, active: bool) -> Iterator[dict[str, Any]]:
         status.update(state="failed", exit_code=1, error=_described(error))
         # Whichever rank fails is heard, and the first one best: the others then fail for want of it.
         if folder.path.is_dir() and not _has_failed(folder):
-            write()
+            with suppress(PushPullError):  # what went wrong may be that nothing can be written
+                write()
         raise
 
 
@@ -178,7 +155,7 @@ def _record(
             folder.write("processes.json", [process._asdict() for process in started[0].processes()])
 
     started: list[Running] = []
-    restore = partial(_newest_saved, folder)
+    restore = partial(_newest_saved, run, folder)
     faults = read_faults(run.config.faults, folder.path)
     with drive(run, resume, in_session=in_session, restore=restore, on_incident=take_down, faults=faults) as running:
         started.append(running)
@@ -195,10 +172,10 @@ def _record(
         return recorder.finish(running.state_at(last)), last < run.worker.plan.steps
 
 
-def _newest_saved(folder: RunFolder) -> State | None:
+def _newest_saved(run: Resolved, folder: RunFolder) -> State | None:
     """What the run can go back to, if it has written a checkpoint."""
     try:
-        return load_checkpoint(find_checkpoint(folder.path))[0]
+        return newest_intact(folder.path, run)[0]
     except CheckpointError:
         return None
 

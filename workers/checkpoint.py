@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ from paramserver.reduction import Node
 from paramserver.residuals import Residuals
 from paramserver.state import State
 
-__all__ = ["find_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "drop_checkpoints",
+    "find_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "save_checkpoint",
+    "step_of",
+    "sweep_checkpoints",
+]
 
 _FORMAT = 2
 
@@ -32,9 +40,27 @@ def save_checkpoint(folder: Path, state: State, meta: Mapping[str, Any]) -> Path
         folder: where checkpoints of the run lie.
         state: the whole state at one version.
         meta: plain values that say which run and which data order the state belongs to.
+
+    Raises:
+        CheckpointError: if it cannot be written, for instance because the disk is full; nothing of it is left then.
     """
     target = folder / f"step_{state.version}"
     temporary = folder / f".step_{state.version}.{os.getpid()}"
+    try:
+        _write(temporary, state, meta)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        _flush(folder)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors have their own
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint {target} cannot be written: {error}: see whether the disk is full"
+        ) from error
+    return target
+
+
+def _write(temporary: Path, state: State, meta: Mapping[str, Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     model = {name: value.contiguous() for name, value in state.state_dict().items()}
@@ -61,11 +87,6 @@ def save_checkpoint(folder: Path, state: State, meta: Mapping[str, Any]) -> Path
     for file in temporary.iterdir():
         _flush(file)
     _flush(temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(temporary, target)
-    _flush(folder)
-    return target
 
 
 def _named(residuals: Residuals) -> dict[str, Tensor]:
@@ -101,10 +122,37 @@ def find_checkpoint(path: Path) -> Path:
     """
     if (path / "meta.json").is_file():
         return path
-    found = [entry for entry in (path / "checkpoints").glob("step_*") if entry.name[5:].isdigit() and entry.is_dir()]
+    found = list_checkpoints(path / "checkpoints")
     if not found:
         raise CheckpointError(f"{path}: no checkpoint there; name a run folder or a folder checkpoints/step_N")
-    return max(found, key=lambda entry: int(entry.name[5:]))
+    return found[0]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints in a folder, the newest first."""
+    found = [entry for entry in folder.glob("step_*") if entry.name[5:].isdigit() and entry.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint folder, by its name."""
+    return int(checkpoint.name[5:])
+
+
+def drop_checkpoints(folder: Path, keep: int, spared: Collection[int] = ()) -> None:
+    """Remove all but the last ``keep`` checkpoints and those of the steps ``spared``."""
+    for path in list_checkpoints(folder)[keep:]:
+        if step_of(path) not in spared:
+            # Under another name first: half a checkpoint must not look like a whole one.
+            dropped = path.with_name(f".{path.name}.dropped")
+            os.replace(path, dropped)
+            shutil.rmtree(dropped)
+
+
+def sweep_checkpoints(folder: Path) -> None:
+    """Remove what a killed run has left half written."""
+    for path in folder.glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:

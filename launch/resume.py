@@ -1,0 +1,75 @@
+"""Which checkpoint a run goes on from: one that is torn is named, and the one before it taken."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from launch.recorder import checkpoint_meta
+from launch.resolve import Resolved
+from launch.run_folder import AUTO, RunFolder
+from paramserver.errors import CheckpointError
+from paramserver.state import State
+from workers.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+
+__all__ = ["choose_resume", "newest_intact"]
+
+
+def choose_resume(resolved: Resolved, folder: RunFolder) -> tuple[State | None, list[str]]:
+    """The state to go on from, checked against the run's settings, and what the user should know of it.
+
+    Args:
+        resolved: the run.
+        folder: its folder, where ``--resume auto`` looks.
+
+    Raises:
+        CheckpointError: if there is none that fits.
+    """
+    resume = resolved.config.resume
+    if resume is None:
+        return None, []
+    path = folder.path if resume == AUTO else Path(resume).expanduser()
+    if resume == AUTO and not list_checkpoints(folder.checkpoints):
+        return None, [f"{folder.path} has no checkpoint yet: the run begins at its first step"]
+    found = find_checkpoint(path)
+    if found == path:
+        return _checked(found, resolved)
+    return newest_intact(path, resolved)
+
+
+def newest_intact(path: Path, resolved: Resolved) -> tuple[State, list[str]]:
+    """The newest checkpoint of a run folder that can be gone on from, and a notice for each that cannot.
+
+    Raises:
+        CheckpointError: that of the newest, if there is none.
+    """
+    first: CheckpointError | None = None
+    refused: list[str] = []
+    for checkpoint in list_checkpoints(path / "checkpoints"):
+        try:
+            state, notices = _checked(checkpoint, resolved)
+        except CheckpointError as error:
+            first = first or error
+            refused.append(f"{error}; the one before it is taken")
+        else:
+            return state, [*refused, *notices]
+    raise first or CheckpointError(f"{path}: no checkpoint there")
+
+
+def _checked(path: Path, resolved: Resolved) -> tuple[State, list[str]]:
+    state, meta = load_checkpoint(path)
+    for name, value in checkpoint_meta(resolved).items():
+        if meta.get(name) != value:
+            raise CheckpointError(
+                f"--resume {path}: it was written with {name} {meta.get(name)}, this run has {value}: "
+                "the same bits need the same settings (running its config.yaml gives them)"
+            )
+    if state.version >= resolved.worker.plan.steps:
+        raise CheckpointError(
+            f"--resume {path}: it has {state.version} steps already, and the run ends at "
+            f"{resolved.worker.plan.steps}: raise --steps or --epochs"
+        )
+    before, now = meta.get("wire_precision"), resolved.config.wire_precision
+    notices = [f"goes on from {path}"]
+    if state.residuals and before != now:
+        notices.append(f"its residuals are dropped: it has --wire-precision {before}, this run has {now}")
+        state = replace(state, residuals={})
+    return state, notices
