@@ -418,7 +418,7 @@ class WorkerActor:
         try:
             faults = self._faults.observer("worker", seat.number)
             worker, backend = build_param_server_worker(
-                self._task, config, self._replica, transport, self._dataset, faults
+                self._task, config, self._replica, transport, self._dataset, faults, seat.generation
             )
         except BaseException:
             transport.close()

@@ -22,6 +22,8 @@ class Seat(NamedTuple):
     """Which run of microbatches it has."""
     of: int
     """How many workers there are."""
+    generation: int
+    """Of the membership, in which this holds."""
 
 
 @dataclass(frozen=True, kw_only=True)

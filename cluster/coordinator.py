@@ -70,6 +70,8 @@ class Coordinator:
         self._step_s: deque[float] = deque(maxlen=50)
         self._stopping = False
         self._leaving = False
+        self._least = 0
+        """Workers that the next generation waits for."""
         self._attempts = 0
         self.notices = self._crew.notices
 
@@ -165,7 +167,7 @@ class Coordinator:
             text = f"step {whole.step} was committed {seconds:.1f} s after the loss"
             self._on_event(Event("recovered", text, step=whole.step, seconds=seconds))
         if (workers := self._config.faults.scaling.get(whole.step)) is not None:
-            self.scale(workers)
+            self.scale(workers, wait=True)
         self._crew.begin_spares()
 
     def _ask_for_changes(self, stop_requested: Callable[[], bool]) -> None:
@@ -176,10 +178,19 @@ class Coordinator:
             self._leaving = True
             self._crew.request("request_leave")
 
-    def scale(self, workers: int) -> None:
-        """Change how many workers there should be; who comes or goes does so between two steps."""
+    def scale(self, workers: int, *, wait: bool = False) -> None:
+        """Change how many workers there should be; who comes or goes does so between two steps.
+
+        Args:
+            workers: how many.
+            wait: whether the run waits for those who come, as a scenario does that is to be the same every time.
+        """
         self._crew.target = workers
         self._crew.ask_for_workers()
+        if wait and not self._leaving:
+            self._leaving = True
+            self._least = workers
+            self._crew.request("request_leave")
 
     def _deal(self) -> None:
         """Give each worker its microbatches and let it go on from the committed version."""
@@ -198,6 +209,7 @@ class Coordinator:
         if self._stopping and not ended:
             crew.request("request_stop")
         self._leaving = False
+        self._least = 0
         self._quiet_since = time.monotonic()
 
     def _owes_evaluation(self, version: int, *, ended: bool) -> bool:
@@ -280,7 +292,7 @@ class Coordinator:
             self._attempts += 1
             try:
                 self._crew.bury_fallen(self._merger.emitted + 1)
-                self._crew.ensure_workers()
+                self._crew.ensure_workers(self._least)
                 self._crew.group()
                 self._deal()
                 return

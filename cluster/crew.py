@@ -216,21 +216,20 @@ class Crew:
         return statuses
 
     def _assign(self) -> None:
-        workers = self._by_node(self.members.of("worker"))
-        plan = self._config.worker.plan
-        kept = sorted(workers, key=lambda member: member.number)[: min(self.target, plan.microbatches)]
-        workers = [member for member in workers if member in kept]
         for member in [member for member in self.members.of("worker") if member.number >= self.target]:
             self._event("left", f"{member} leaves after step {self.version}", member, self.version)
             self.newcomers.discard(member)
             self.members.remove(member)
+        plan = self._config.worker.plan
+        # Who is beyond the number of microbatches waits as a spare.
+        workers = self._by_node(self.members.of("worker")[: plan.microbatches])
         runs = deal_runs(plan.microbatches, len(workers)) if workers else []
         self._open_relays(workers, runs)
         rounded = self._round_pushes(runs)
         self.dealt = [
             Dealt(
                 member,
-                Seat(member.number, position, len(workers)),
+                Seat(member.number, position, len(workers), self.generation),
                 run,
                 self._addresses[_node(member)] if self._config.transport != "ray" else {},
                 rounding,
@@ -473,17 +472,23 @@ class Crew:
         if member.role == "spare":
             self._keep_by(member, [server for server, node in self._nodes.items() if node == place.node])
             return
+        if member.number >= self.target:  # it is not wanted any more
+            self.members.remove(member)
+            return
         self._check_kind(member)
         self.newcomers.add(member)
 
-    def ensure_workers(self) -> None:
+    def ensure_workers(self, least: int = 0) -> None:
         """Ask for replacements of lost workers; wait for some if there are too few to go on.
+
+        Args:
+            least: how many are too few, if it is more than the run's own limit.
 
         Raises:
             WorkerLost: if too few are left.
         """
         self.ask_for_workers()
-        least = max(1, min(self._config.min_workers, self.target))
+        least = max(least, 1, min(self._config.min_workers, self.target))
         while len(live := self.members.of("worker")) < least:
             coming = [reference for reference, (member, _) in self.starting.items() if member.role == "worker"]
             left_s = max((self.starting[reference][1] for reference in coming), default=0.0) - time.monotonic()

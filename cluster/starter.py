@@ -55,7 +55,7 @@ class Starter:
 
     def worker(self, number: int) -> Any:
         """A worker."""
-        config, worker = self._config, replace(self._config.worker, worker=number, num_workers=number + 1)
+        config, worker = self._config, replace(self._config.worker, worker=number, num_workers=1)
         gpus = 1 if worker.device == "cuda" and not config.share_device else 0
         actor = ray.remote(WorkerActor).options(
             num_cpus=1,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from paramserver.errors import PartitionMismatch
+from paramserver.errors import PartitionMismatch, StaleContribution
 from paramserver.messages import Commit, FlatSlices, MicrobatchStats, Push
 from paramserver.partition import Partition, Slice
 from paramserver.reduction import Node
@@ -23,12 +23,16 @@ class Client:
         partition: the run's partition; every server must have the same.
         transport: the way to the servers.
         timeout_s: deadline of each wait, in seconds (``--step-timeout``).
+        generation: of the membership in which this worker has its microbatches; None: whatever the servers are in.
 
     Raises:
         PartitionMismatch: if a server has another partition.
+        StaleContribution: if a server is in another generation: what this worker would push is somebody else's now.
     """
 
-    def __init__(self, worker: int, partition: Partition, transport: Transport, timeout_s: float) -> None:
+    def __init__(
+        self, worker: int, partition: Partition, transport: Transport, timeout_s: float, generation: int | None = None
+    ) -> None:
         self.worker = worker
         self.partition = partition
         self._transport = transport
@@ -39,6 +43,10 @@ class Client:
                 raise PartitionMismatch(
                     f"worker {worker} and server {server} cut the parameters differently: they do not run the same "
                     "model, options or version of PushPull"
+                )
+            if generation is not None and hello.generation != generation:
+                raise StaleContribution(
+                    f"worker {worker} is of generation {generation}, server {server} of {hello.generation}"
                 )
         self._run, self._generation = hellos[0].run, hellos[0].generation
         # A server that was lost may be one step behind the others: they answer what is pushed to it again.

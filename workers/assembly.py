@@ -69,6 +69,7 @@ def build_param_server_worker(
     transport: Transport,
     dataset: Dataset[Sample] | None = None,
     faults: Observer | None = None,
+    generation: int | None = None,
 ) -> tuple[Worker, ParamServerBackend]:
     """One worker of a parameter-server run.
 
@@ -79,8 +80,9 @@ def build_param_server_worker(
         transport: its way to the servers.
         dataset: the training set; None builds it.
         faults: what is to happen to it, if anything is.
+        generation: see ``Client``.
     """
-    client = Client(config.called, replica.partition, transport, config.step_timeout_s)
+    client = Client(config.called, replica.partition, transport, config.step_timeout_s, generation)
     run = deal_runs(config.plan.microbatches, config.num_workers)[config.worker]
     backend = ParamServerBackend(
         replica,

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from launch.config import RunConfig
 from launch.train import RunResult, run
 from paramserver.errors import CheckpointError
 from tests.support.disturbed import SETTINGS, Undisturbed, disturbed, ledger_of, losses_of
-from tests.support.processes import gone, ray_folders, shared_memory, start, wait_for_line
+from tests.support.processes import gone, kill_now, ray_folders, shared_memory, start, wait_for_line
 from tests.support.runs import SMALL, train
 
 OPTIONS: dict[str, Any] = {**SMALL["ssd"], **SETTINGS}
@@ -97,8 +96,7 @@ def test_a_driver_that_is_killed_leaves_a_run_that_goes_on(tmp_path: Path, undis
     command += [f"--out={tmp_path}", "--name=run", "--resume=auto"]
     process = start(*command)
     wait_for_line(process, "step 3/")
-    process.send_signal(signal.SIGKILL)
-    process.wait(30)  # not for its output: Ray's processes hold the pipe for a while
+    kill_now(process)
     process = start(*command)
     _, complaint = process.communicate(timeout=90)
     assert process.returncode == 0, complaint

@@ -36,6 +36,15 @@ def wait_for_line(process: "subprocess.Popen[str]", text: str) -> str:
     raise AssertionError(f"the process ended without saying {text!r}: {process.stderr and process.stderr.read()}")
 
 
+def kill_now(process: "subprocess.Popen[str]") -> None:
+    """SIGKILL, without waiting for its output: processes that Ray started hold the pipe for a while."""
+    process.kill()
+    process.wait(30)
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+
+
 def ray_folders() -> set[str]:
     """Temporary folders of private Ray clusters."""
     return {str(path) for path in Path(tempfile.gettempdir()).glob("pushpull-*")}
