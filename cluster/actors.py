@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from cluster.config import Seat
 from cluster.place import Place, place_of_process
-from cluster.ray_transport import WireArrival, WirePush, from_wire
+from cluster.ray_transport import POLL_S, WireArrival, WirePush, from_wire
 from cluster.rounding import Rounding
 from cluster.route import route
 from models.options import TaskOptions
@@ -211,6 +211,10 @@ class ServerActor:
     def _status(self) -> ServerStatus:
         return ServerStatus(self._server.version, self._server.last, tuple(self._recent))
 
+    async def noted(self, worker: int) -> int:
+        """What a worker of this node has said of where it is."""
+        return self._hub.versions.noted(worker)
+
     async def missing(self) -> list[int]:
         """See ``Server.missing``."""
         return await self._in_hub(self._server.missing)
@@ -316,7 +320,7 @@ class ServerActor:
         """
         self._hub.on_written = self._written
         try:
-            async with asyncio.timeout(left_s):
+            async with asyncio.timeout(min(left_s, POLL_S)):
                 while self._hub.failure is None and (self._hub.last is None or self._hub.last.version < version):
                     self._check_generation(generation)
                     if len(self._published.get(version, ())) > have:
@@ -324,6 +328,8 @@ class ServerActor:
                     self._waiting.append(asyncio.get_running_loop().create_future())
                     await self._waiting[-1]
         except TimeoutError:
+            if left_s > POLL_S:
+                return WireArrival([], None, {})
             missing = await self._in_hub(self._server.missing)
             raise StepTimeout(
                 f"step {version}: server {self._index} waits for microbatches {missing} "

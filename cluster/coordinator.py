@@ -251,11 +251,7 @@ class Coordinator:
     def _check_quiet(self) -> None:
         quiet_s = time.monotonic() - self._quiet_since
         if quiet_s > self._deadline_s():
-            self._find_culprit(
-                StepTimeout(
-                    f"nothing was heard of step {self._merger.emitted + 1} for {quiet_s:.0f} s (--step-timeout)"
-                )
-            )
+            self._find_culprit(StepTimeout(f"nothing was heard for {quiet_s:.0f} s, --step-timeout"))
             self._recover()
 
     def _deadline_s(self) -> float:
@@ -282,7 +278,8 @@ class Coordinator:
             return
         late = crew.late(_ANSWER_S)
         for member in late:
-            crew.bury(member, f"kept all others waiting ({error})", step)
+            where = crew.whereabouts(member, _ANSWER_S) if member.role == "worker" else ""
+            crew.bury(member, f"kept all others waiting{where} ({error})", step)
         if not late:
             raise error
 

@@ -26,6 +26,7 @@ from paramserver.state import State, assemble
 from paramserver.transport.channel import Address
 from paramserver.transport.keeper import Keeper
 from workers.minibatch import deal_runs
+from workers.timing import stage_of
 
 __all__ = ["Crew", "Dealt"]
 
@@ -367,6 +368,17 @@ class Crew:
             if absent.intersection(dealt.run) and dealt.member in self.members:
                 found.append(dealt.member)
         return found or (list(relays.values()) if everywhere else [])
+
+    def whereabouts(self, worker: Member, timeout_s: float) -> str:
+        """Where a worker is by its own word, if it could leave one."""
+        if self._config.transport == "ray":
+            return ""
+        near = [m for role in ("server", "relay") for m in self.members.of(role) if _node(m) == _node(worker)]
+        with contextlib.suppress(ray.exceptions.RayError):
+            for member in near:
+                if word := ray.get(member.actor.noted.remote(worker.number), timeout=timeout_s):
+                    return f" in stage {stage_of(word)[1]}"
+        return ""
 
     # -- servers and their memory ------------------------------------------------------------------------------------
 

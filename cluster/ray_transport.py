@@ -15,11 +15,15 @@ from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Hello, Push
 from paramserver.partition import Slice
 
-__all__ = ["RayTransport", "WireArrival", "WirePush", "from_wire", "to_wire"]
+__all__ = ["POLL_S", "RayTransport", "WireArrival", "WirePush", "from_wire", "to_wire"]
 
 _LOOK_S = 1.0
 """How often a wait looks at pushes that were sent meanwhile."""
 _ANSWER_S = 5.0
+_REPEAT_S = 10.0
+"""A push that was not answered for so long is sent again."""
+POLL_S = 10.0
+"""A server says so if nothing is new for so long."""
 _UNDER_WAY_BYTES = 8 << 20
 """What is asked for comes behind everything that is under way: more of it would keep a server's slices from coming back
 while others go up (8 MiB take 70 ms at 1 Gb/s)."""
@@ -72,6 +76,19 @@ class WireArrival(NamedTuple):
     """Integer buffers of a committed version."""
 
 
+class _Sent(NamedTuple):
+    """A push that was not answered yet."""
+
+    wire: WirePush
+    size: int
+    at: float
+    """When it was sent."""
+
+
+class _MaybeTaken(ServerLost):
+    """The line to a server broke: what was asked of it may have been done, or not."""
+
+
 class _Version(NamedTuple):
     """A whole version of a server's slices."""
 
@@ -95,7 +112,7 @@ class RayTransport:
         self._feedback = feedback
         self._timeout_s = timeout_s
         self._servers = list(servers)
-        self._pushes: list[dict[Any, int]] = [{} for _ in servers]
+        self._pushes: list[dict[Any, _Sent]] = [{} for _ in servers]
         self._arrived: dict[int, _Version] = {}
         self._generations: dict[int, int] = {}
 
@@ -118,17 +135,28 @@ class RayTransport:
         wire = to_wire(push, self._feedback)
         size = sum(array.nbytes for array in wire.slices.values())
         self._make_room(server, size)
-        self._pushes[server][self._servers[server].push.remote(wire)] = size
+        self._send(server, _Sent(wire, size, time.monotonic()))
+
+    def _send(self, server: int, sent: "_Sent") -> None:
+        self._pushes[server][self._servers[server].push.remote(sent.wire)] = sent
+
+    def _repeat(self, server: int) -> None:
+        """Send again what was not answered for long: the answer may be lost, and a repetition does no harm."""
+        now = time.monotonic()
+        for reference, sent in list(self._pushes[server].items()):
+            if now - sent.at > _REPEAT_S and self._pushes[server].pop(reference, None) is not None:
+                self._send(server, sent._replace(at=now))
 
     def _make_room(self, server: int, size: int) -> None:
         """Wait until a push of ``size`` bytes and those under way do not keep the wire from anything else for long."""
         deadline = time.monotonic() + self._timeout_s
         while sent := dict(self._pushes[server]):
-            if sum(sent.values()) + size <= _UNDER_WAY_BYTES:
+            if sum(push.size for push in sent.values()) + size <= _UNDER_WAY_BYTES:
                 return
             ready, _ = ray.wait(list(sent), num_returns=1, timeout=_LOOK_S)
             for push in ready:
                 self._settle(server, push, self._timeout_s)
+            self._repeat(server)
             if time.monotonic() > deadline:
                 raise StepTimeout(
                     f"server {server} did not take a push within {self._timeout_s:.0f} s (--step-timeout)",
@@ -139,8 +167,12 @@ class RayTransport:
         """See ``Transport.wait``."""
         for _ in self.arrivals(server, version, timeout_s):
             pass
-        for push in list(self._pushes[server]):
+        ready, _ = (
+            ray.wait(sent, num_returns=len(sent), timeout=0) if (sent := list(self._pushes[server])) else ([], [])
+        )
+        for push in ready:
             self._settle(server, push, timeout_s)
+        self._pushes[server].clear()  # the step is committed, whatever became of an answer
         commit = self._arrived[server].commit
         assert commit is not None
         if commit.skipped and self._feedback is not None:
@@ -158,6 +190,9 @@ class RayTransport:
         asked = self._ask(server, version, batches, timeout_s, timeout_s)
         while True:
             arrival = self._answer(server, version, asked, deadline, timeout_s)
+            if arrival is None:  # its answer is lost
+                asked = self._ask(server, version, batches, deadline - time.monotonic(), timeout_s)
+                continue
             batches += len(arrival.batches)
             if arrival.commit is None:  # before the tensors are fetched: the way takes as long as a small batch
                 asked = self._ask(server, version, batches, deadline - time.monotonic(), timeout_s)
@@ -178,20 +213,29 @@ class RayTransport:
         generation = self._generations.get(server, 0)
         return self._servers[server].arrivals.remote(generation, version, have, max(0.0, left_s), timeout_s)
 
-    def _answer(self, server: int, version: int, asked: Any, deadline: float, timeout_s: float) -> WireArrival:
-        # The server keeps the deadline itself, and knows what it waits for: give it a moment longer to say so.
+    def _answer(self, server: int, version: int, asked: Any, deadline: float, timeout_s: float) -> WireArrival | None:
+        # The server keeps the deadline itself, and knows what it waits for: give it a moment longer to say so. It
+        # says so in between, too, when nothing is new.
+        patience = time.monotonic() + POLL_S + _ANSWER_S
         while time.monotonic() < deadline + _ANSWER_S:
+            if time.monotonic() > patience:
+                return None
             ready, _ = ray.wait([asked, *self._pushes[server]], num_returns=1, timeout=_LOOK_S)
             if asked in ready:
                 break
             for push in ready:  # it was taken, or refused
                 self._settle(server, push, timeout_s)
+            self._repeat(server)
         arrival: WireArrival = self._get(server, asked, 0.0, f"commit version {version}", said_s=timeout_s)
         return arrival
 
     def _settle(self, server: int, push: Any, timeout_s: float) -> None:
-        if self._pushes[server].pop(push, None) is not None:  # a relay's other thread may have been quicker
+        if (sent := self._pushes[server].pop(push, None)) is None:  # a relay's other thread was quicker
+            return
+        try:
             self._get(server, push, timeout_s, "take a push")
+        except _MaybeTaken:
+            self._send(server, sent._replace(at=time.monotonic()))
 
     def fetch(self, server: int, version: int, timeout_s: float) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
         """See ``Transport.fetch``."""
@@ -221,8 +265,13 @@ class RayTransport:
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
+        except ray.exceptions.ActorUnavailableError:
+            raise _MaybeTaken(f"server {server} could not be reached to {what}", server=server) from None
         except ray.exceptions.RayActorError:
             raise ServerLost(f"server {server} is gone: it could not {what}", server=server) from None
+
+    def note(self, worker: int, word: int) -> None:
+        """See ``Transport.note``."""
 
     def close(self) -> None:
         """See ``Transport.close``."""

@@ -71,7 +71,7 @@ class RelayActor:
         """
         for relay in self._relays.values():
             relay.close()
-        versions = share_versions(beside, self._partition, self._arena_dir)
+        self._versions = versions = share_versions(beside, self._partition, self._arena_dir)
         self._feedback = {server: self._new_feedback(server, rounding) for server in far} if rounding else {}
         self._relays = {
             server: Relay(
@@ -97,6 +97,10 @@ class RelayActor:
             if self._partition.slices[index].server == server
         }
         return ErrorFeedback(rounding.precision, self._partition, own, rounding.held_versions)
+
+    def noted(self, worker: int) -> int:
+        """What a worker of this node has said of where it is."""
+        return self._versions.noted(worker)
 
     def missing(self) -> list[int]:
         """The node's microbatches that have not arrived here."""

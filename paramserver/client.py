@@ -132,6 +132,10 @@ class Client:
         """A zeroed flat (length,) fp32 vector from which ``push`` is cheapest."""
         return self._transport.allocate(self.partition.length)
 
+    def note(self, word: int) -> None:
+        """Leave word of where this worker is; see ``Transport.note``."""
+        self._transport.note(self.worker, word)
+
     def close(self) -> None:
         """Give the transport's resources back."""
         self._transport.close()

@@ -57,5 +57,8 @@ class Backend(Protocol):
     def mean_phases(self, phases_ms: dict[str, float]) -> dict[str, float]:
         """Mean over workers, where workers see each other; else what is given."""
 
+    def note(self, step: int, stage: str) -> None:
+        """The worker enters a stage of step ``step``, from 1: leave word of it where others look if it is late."""
+
     def close(self) -> None:
         """Give everything back."""

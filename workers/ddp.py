@@ -209,6 +209,9 @@ class DdpBackend:
             total = total + other
         return total
 
+    def note(self, step: int, stage: str) -> None:
+        """See ``Backend.note``: nobody could look."""
+
     def merge_metric(self, metric: Metric) -> Metric | None:
         """See ``Backend.merge_metric``: rank 0 gets it."""
         parts: list[Metric | None] = [None] * dist.get_world_size()

@@ -22,7 +22,7 @@ __all__ = ["NO_FAULTS", "Effect", "Fault", "FaultKind", "Faults", "Observer"]
 FaultKind = Literal["kill", "stop", "delay", "drop-response", "raise", "nan", "scale"]
 Effect = Literal["drop-response", "nan"]
 """What the place where a fault was seen must do itself."""
-FaultRole = Literal["worker", "server", "node", "driver", "spare"]
+FaultRole = Literal["worker", "server", "node", "driver", "relay", "spare"]
 
 _SERVER_STAGES = ("update", "commit")
 """What workers do not see: they wait."""

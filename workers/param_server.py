@@ -15,7 +15,7 @@ from workers.gradient_sums import GradientSums
 from workers.host_memory import host_memory
 from workers.overlap import ReadySlices
 from workers.replica import Replica
-from workers.timing import PhaseTimer
+from workers.timing import PhaseTimer, stage_word
 
 __all__ = ["ParamServerBackend"]
 
@@ -182,6 +182,10 @@ class ParamServerBackend:
             timer.move(1e-3 * commit.server_ms.get(stage, 0.0), "aggregate", stage)
         self.version += 1
         return commit
+
+    def note(self, step: int, stage: str) -> None:
+        """See ``Backend.note``."""
+        self._client.note(stage_word(step, stage))
 
     def merge_metric(self, metric: Metric) -> Metric | None:
         """See ``Backend.merge_metric``: the coordinator merges."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["PHASES", "PhaseTimer"]
+__all__ = ["PHASES", "PhaseTimer", "stage_of", "stage_word"]
 
 PHASES = ("split", "pull", "compute", "reduce", "push", "aggregate", "update", "commit")
 
@@ -42,3 +42,14 @@ class PhaseTimer:
         taken = {name: 1e3 * seconds for name, seconds in self._seconds.items()}
         self._seconds = dict.fromkeys(PHASES, 0.0)
         return taken
+
+
+def stage_word(step: int, stage: str) -> int:
+    """A step and a stage of it as one number."""
+    return step * len(PHASES) + PHASES.index(stage)
+
+
+def stage_of(word: int) -> tuple[int, str]:
+    """What ``stage_word`` made a number of."""
+    step, index = divmod(word, len(PHASES))
+    return step, PHASES[index]

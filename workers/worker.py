@@ -63,7 +63,7 @@ class Worker:
         self._faults = faults
         self._at = backend.version + 1
         self._poisoned = False
-        self._timer = PhaseTimer(None if faults is None else self._look)
+        self._timer = PhaseTimer(self._enter)
         self._begun: _Begun | None = None
         self._loader = MicrobatchLoader(
             task, dataset, self.plan, self._run, backend.version, pin_memory=replica.device.type == "cuda"
@@ -88,7 +88,8 @@ class Worker:
             if report.stop or report.commit.leave:
                 return
 
-    def _look(self, stage: str) -> None:
+    def _enter(self, stage: str) -> None:
+        self._backend.note(self._at, stage)
         if self._faults is not None and self._faults.at(self._at, stage) == "nan":
             self._poisoned = True
 

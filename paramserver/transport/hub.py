@@ -28,6 +28,7 @@ from paramserver.transport.wire import (
     Arenas,
     Arrival,
     AskArenas,
+    AskCommit,
     AskMissing,
     AttachArena,
     Committed,
@@ -261,6 +262,9 @@ class Hub:
         elif isinstance(message, AskArenas):
             if self.own is not None:
                 peer.channel.send(Arenas(), [self.versions.arena.descriptor, self.own.descriptor])
+        elif isinstance(message, AskCommit):
+            if (last := self._server.last) is not None:
+                self._tell(peer, encode(Committed(last, self._server.integers(last.version))))
         elif isinstance(message, AskMissing):
             self._tell(peer, encode(Missing(self._server.missing())))
         elif isinstance(message, Arrival):

@@ -114,5 +114,8 @@ class InProcessTransport:
         held = self._servers.servers[server]
         return held.values(version), held.integers(version)
 
+    def note(self, worker: int, word: int) -> None:
+        """See ``Transport.note``."""
+
     def close(self) -> None:
         """See ``Transport.close``."""

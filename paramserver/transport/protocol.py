@@ -56,6 +56,9 @@ class Transport(Protocol):
         The tensors stay valid until this worker has pushed its contribution to the step that follows.
         """
 
+    def note(self, worker: int, word: int) -> None:
+        """Leave word of where a worker is, for whoever wonders why it is late; lost where no memory is shared."""
+
     def close(self) -> None:
         """Give everything back that this object holds."""
 

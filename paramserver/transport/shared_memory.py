@@ -22,6 +22,7 @@ from paramserver.transport.channel import Address, Channel, connect
 from paramserver.transport.versions import VersionsArena
 from paramserver.transport.wire import (
     Arrival,
+    AskCommit,
     AskMissing,
     AttachArena,
     Committed,
@@ -37,6 +38,8 @@ __all__ = ["SharedMemoryTransport"]
 
 _CONNECT_S = 30.0
 _ANSWER_S = 5.0
+_LOOK_S = 2.0
+"""How often a wait looks whether what it waits for has come without a word."""
 
 
 @dataclass
@@ -184,9 +187,12 @@ class SharedMemoryTransport:
         line, deadline = self._lines[server], time.monotonic() + timeout_s
         while line.version < version or line.commit is None:
             try:
-                self._listen(server, deadline)
+                self._listen(server, min(deadline, time.monotonic() + _LOOK_S))
             except TimeoutError:
-                raise self._late(server, version, timeout_s) from None
+                if line.versions.committed(server) >= version:
+                    self._tell(server, AskCommit())  # word of it is lost
+                elif time.monotonic() >= deadline:
+                    raise self._late(server, version, timeout_s) from None
         self._listen_to_errors(server)
         return line.commit
 
@@ -268,6 +274,12 @@ class SharedMemoryTransport:
 
     def _lost(self, server: int) -> ServerLost:
         return ServerLost(f"server {server} is gone: it closed its socket", server=server)
+
+    def note(self, worker: int, word: int) -> None:
+        """See ``Transport.note``."""
+        for line in self._lines.values():
+            line.versions.note(worker, word)
+            return
 
     def close(self) -> None:
         """See ``Transport.close``."""

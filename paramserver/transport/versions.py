@@ -14,15 +14,17 @@ from paramserver.transport.channel import Address, connect
 __all__ = ["VersionsArena", "share_versions"]
 
 _WORD_BYTES = 8
+_WORKERS = 256
+"""Words for workers: more of a node share them."""
 _TIMEOUT_S = 30.0
 
 
 class VersionsArena:
     """Words that say what stands here, then version ``v`` of the flat vector at ``vectors[v % 2]``.
 
-    There is a word for each server with its committed version, and one for each slice with the newest version that it
-    has: a slice has it before its server commits it. Words are written after everything they stand for, in which order
-    x86 shows them to others, too.
+    There is a word for each server with its committed version, one for each slice with the newest version that it has
+    (a slice has it before its server commits it), and one for each worker, in which it says where it is. Words are
+    written after everything they stand for, in which order x86 shows them to others, too.
 
     Args:
         arena: made by ``create``, or another process's.
@@ -35,8 +37,10 @@ class VersionsArena:
         self.identity = (stat.st_dev, stat.st_ino)
         """By which two processes see that they have mapped the same."""
         header, vector = _sizes(partition)
-        words = arena.words(partition.num_servers + len(partition.slices))
-        self._committed, self._written = words[: partition.num_servers], words[partition.num_servers :]
+        servers, slices = partition.num_servers, len(partition.slices)
+        words = arena.words(servers + slices + _WORKERS)
+        self._committed, self._written = words[:servers], words[servers : servers + slices]
+        self._workers = words[servers + slices :]
         self.vectors: tuple[Tensor, Tensor] = (
             arena.tensor(header, partition.length),
             arena.tensor(header + vector, partition.length),
@@ -65,6 +69,14 @@ class VersionsArena:
         for piece in pieces:
             self._written[piece.index] = version
 
+    def note(self, worker: int, word: int) -> None:
+        """A worker says where it is."""
+        self._workers[worker % _WORKERS] = word
+
+    def noted(self, worker: int) -> int:
+        """What a worker has said last; 0 if nothing."""
+        return self._workers[worker % _WORKERS]
+
 
 def share_versions(beside: Address | None, partition: Partition, folder: Path = DEFAULT_ARENA_DIR) -> VersionsArena:
     """The arena for another server of a machine to write its own slices into.
@@ -82,5 +94,5 @@ def share_versions(beside: Address | None, partition: Partition, folder: Path = 
 
 
 def _sizes(partition: Partition) -> tuple[int, int]:
-    words = partition.num_servers + len(partition.slices)
+    words = partition.num_servers + len(partition.slices) + _WORKERS
     return round_to_pages(_WORD_BYTES * words), round_to_pages(ELEMENT_BYTES * partition.length)

@@ -13,6 +13,7 @@ __all__ = [
     "Arenas",
     "Arrival",
     "AskArenas",
+    "AskCommit",
     "AskMissing",
     "AttachArena",
     "Committed",
@@ -63,6 +64,10 @@ class Arrival(NamedTuple):
 
 class AskMissing(NamedTuple):
     """Worker to hub: what is waited for? For the message of a time-out."""
+
+
+class AskCommit(NamedTuple):
+    """Worker to hub: say ``Committed`` again; the arena shows a version of which no word came."""
 
 
 class Welcome(NamedTuple):
