@@ -10,7 +10,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -57,7 +57,8 @@ def ray_session(*, address: str | None, num_cpus: int, num_gpus: int, store_byte
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             _silence()
             try:
-                yield
+                with _watched():
+                    yield
             finally:
                 ray.shutdown()
         return
@@ -68,6 +69,7 @@ def ray_session(*, address: str | None, num_cpus: int, num_gpus: int, store_byte
             with _environment({**_QUIET, **_private(folder)}):
                 yield from _local(folder, num_cpus, num_gpus, store_bytes)
         finally:
+            _end_processes_of(folder)  # what Ray itself did not end
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -88,9 +90,16 @@ def _local(folder: Path, num_cpus: int, num_gpus: int, store_bytes: int) -> Iter
         )
     _silence()
     try:
-        yield
+        with _watched():
+            yield
     finally:
         ray.shutdown()
+
+
+def _watched() -> AbstractContextManager[None]:
+    from cluster.watchdog import ray_watched
+
+    return ray_watched()
 
 
 def _silence() -> None:
@@ -187,7 +196,11 @@ def _end_processes_of(folder: Path) -> None:
     """After the kill of a driver some of Ray's processes look for their raylet for a minute."""
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):  # gone, or another user's
-            if entry.name.isdigit() and (
-                os.readlink(entry / "cwd") == str(folder) or os.fsencode(folder) in (entry / "cmdline").read_bytes()
+            if (
+                entry.name.isdigit()
+                and int(entry.name) != os.getpid()
+                and (
+                    os.readlink(entry / "cwd") == str(folder) or os.fsencode(folder) in (entry / "cmdline").read_bytes()
+                )
             ):
                 os.kill(int(entry.name), signal.SIGKILL)
