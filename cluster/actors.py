@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from cluster.config import Seat
 from cluster.place import Place, place_of_process
-from cluster.ray_transport import POLL_S, WireArrival, WirePush, from_wire
+from cluster.ray_transport import POLL_S, WireArrival, WireBatch, WirePush, crc32_of, from_wire
 from cluster.rounding import Rounding
 from cluster.route import route
 from models.options import TaskOptions
@@ -86,6 +86,7 @@ class ServerActor:
         threads: how many threads sum and update.
         arena_dir: where shared memory is made.
         faults: what is to happen.
+        verify_every: see ``Server``.
     """
 
     def __init__(
@@ -98,8 +99,10 @@ class ServerActor:
         threads: int,
         arena_dir: str,
         faults: Faults = NO_FAULTS,
+        verify_every: int = 0,
     ) -> None:
         prepare_process()
+        self._verify_every = verify_every
         torch.set_num_threads(1)  # slices go to several threads, one operation does not
         self._index = -1
         self._partition = partition
@@ -115,7 +118,7 @@ class ServerActor:
         self._peers: list[Any] = []
         self._settled: dict[int, Decision] = {}
         self._waiting: list[asyncio.Future[None]] = []
-        self._published: dict[int, list[tuple[tuple[int, ...], list[Any]]]] = {}
+        self._published: dict[int, list[WireBatch]] = {}
         self._reports: dict[int, Report] = {}
         self._decision: asyncio.Future[Decision] | None = None
         self._recent: deque[Commit] = deque(maxlen=_RECENT)
@@ -154,7 +157,8 @@ class ServerActor:
             own = Arena.create(ServerMemory.num_bytes(partition, index, *self._about), self._arena_dir)
         content = own.tensor(0, own.num_bytes, torch.uint8)
         memory = ServerMemory(partition, index, *self._about, versions.vectors, content)
-        server = Server(index, partition, optimizer, num_microbatches, state, self._run, memory)
+        about = (optimizer, num_microbatches, state, self._run, memory)
+        server = Server(index, partition, *about, verify_every=self._verify_every)
         # Copied: its memory in the object store is not needed any more.
         self._about = (optimizer, num_microbatches, replace(state, values={}, optimizer={}))
         self._server = server
@@ -238,12 +242,13 @@ class ServerActor:
         for old in [known for known in self._published if known < version - 1]:
             del self._published[old]
         batches = self._published.setdefault(version, [])
-        known = {index for indices, _ in batches for index in indices}
+        known = {index for batch in batches for index in batch.indices}
         new = [piece for piece in pieces if piece.index not in known]
         if new:
             vector = self._hub.versions.vectors[version % 2]
             arrays = [vector[piece.start : piece.stop].numpy() for piece in new]
-            batches.append((tuple(piece.index for piece in new), [ray.put(arrays)]))
+            checksums = tuple(crc32_of(array) for array in arrays)
+            batches.append(WireBatch(tuple(piece.index for piece in new), [ray.put(arrays)], checksums))
         self._wake()
 
     def _wake(self) -> None:

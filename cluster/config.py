@@ -60,6 +60,8 @@ class ClusterConfig:
     """Processes that stand by on each node with servers, to go on from the memory of one that dies."""
     min_workers: int = 1
     """With fewer the run waits for replacements, and ends if none come."""
+    verify_every: int = 0
+    """Steps between versions of which workers compare what they hold with the servers' checksums; 0: never."""
     faults: Faults = NO_FAULTS
     """What is to happen to the run."""
     step_timeout_s: float | None = None

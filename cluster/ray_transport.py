@@ -1,6 +1,7 @@
 """Transport between a worker actor and server actors: Ray calls, tensors as zero-copy NumPy arrays in its store."""
 
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,23 +11,28 @@ import torch
 from torch import Tensor
 
 from paramserver.error_feedback import ErrorFeedback
-from paramserver.errors import ServerLost, StepTimeout
+from paramserver.errors import CorruptTransfer, ServerLost, StepTimeout
 from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Hello, Push
 from paramserver.partition import Slice
 
-__all__ = ["POLL_S", "RayTransport", "WireArrival", "WirePush", "from_wire", "to_wire"]
+__all__ = ["POLL_S", "RayTransport", "WireArrival", "WireBatch", "WirePush", "crc32_of", "from_wire", "to_wire"]
 
 _LOOK_S = 1.0
 """How often a wait looks at pushes that were sent meanwhile."""
 _ANSWER_S = 5.0
 _REPEAT_S = 10.0
 """A push that was not answered for so long is sent again."""
+_MAX_REPEATS = 3
+"""How often a push is sent again that was damaged on the way."""
 POLL_S = 10.0
 """A server says so if nothing is new for so long."""
 _UNDER_WAY_BYTES = 8 << 20
 """What is asked for comes behind everything that is under way: more of it would keep a server's slices from coming back
 while others go up (8 MiB take 70 ms at 1 Gb/s)."""
+
+
+NO_CHECKSUMS: Mapping[int, int] = {}
 
 
 class WirePush(NamedTuple):
@@ -37,6 +43,8 @@ class WirePush(NamedTuple):
     slices: dict[int, Any]
     rounded_to: str | None = None
     """``bfloat16`` or ``float16``, whose bits the int16 arrays among the slices hold: NumPy does not know the first."""
+    checksums: Mapping[int, int] = NO_CHECKSUMS
+    """CRC-32 of each array."""
 
 
 def to_wire(push: Push, feedback: ErrorFeedback | None = None) -> WirePush:
@@ -47,15 +55,31 @@ def to_wire(push: Push, feedback: ErrorFeedback | None = None) -> WirePush:
         for index, value in push.slices.items()
     }
     bare = push._replace(slices={}, integers=IntegerBlock.pack(push.integers))
-    return WirePush(bare, slices, None if feedback is None else str(feedback.dtype).removeprefix("torch."))
+    checksums = {index: crc32_of(array) for index, array in slices.items()}
+    return WirePush(bare, slices, None if feedback is None else str(feedback.dtype).removeprefix("torch."), checksums)
 
 
 def from_wire(wire: WirePush) -> Push:
     """The push in fp32, as it was or widened again.
 
     What was not rounded shares the arrays' read-only memory: nobody may write it.
+
+    Raises:
+        CorruptTransfer: if a slice is not what was sent.
     """
+    for index, array in wire.slices.items():
+        _check(array, wire.checksums[index], f"push of worker {wire.push.worker} for step {wire.push.step}", index)
     return wire.push._replace(slices={index: _widened(value, wire) for index, value in wire.slices.items()})
+
+
+def crc32_of(array: Any) -> int:
+    """CRC-32 of a contiguous NumPy array's bytes."""
+    return zlib.crc32(array)
+
+
+def _check(array: Any, wanted: int, what: str, index: int) -> None:
+    if crc32_of(array) != wanted:
+        raise CorruptTransfer(f"{what}: slice {index} is not what was sent (its CRC-32 differs): the line is damaged")
 
 
 def _widened(value: Any, wire: WirePush) -> Tensor:
@@ -65,11 +89,20 @@ def _widened(value: Any, wire: WirePush) -> Tensor:
     return tensor.view(getattr(torch, wire.rounded_to)).float()
 
 
+class WireBatch(NamedTuple):
+    """Slices of a version that were put into Ray's object store together."""
+
+    indices: tuple[int, ...]
+    reference: list[Any]
+    """Of their arrays; in a list, since Ray would fetch it at once otherwise."""
+    checksums: tuple[int, ...]
+    """CRC-32 of each."""
+
+
 class WireArrival(NamedTuple):
     """What a server has of a version beyond what its caller has."""
 
-    batches: list[tuple[tuple[int, ...], list[Any]]]
-    """Indices of slices, and a list with the reference of their arrays in Ray's object store."""
+    batches: "list[WireBatch]"
     commit: Commit | None
     """Once the version is committed; no more batches follow."""
     integers: Mapping[str, Tensor]
@@ -83,6 +116,8 @@ class _Sent(NamedTuple):
     size: int
     at: float
     """When it was sent."""
+    repeated: int = 0
+    """How often it came otherwise than it was sent."""
 
 
 class _MaybeTaken(ServerLost):
@@ -205,8 +240,10 @@ class RayTransport:
 
     def _tensors(self, server: int, version: int, arrival: WireArrival) -> Iterator[dict[int, Tensor]]:
         """The batches of an arrival, which share the memory of Ray's object store."""
-        for indices, (reference,) in arrival.batches:
+        for indices, (reference,), checksums in arrival.batches:
             arrays = self._get(server, reference, self._timeout_s, f"send version {version}")
+            for index, array, wanted in zip(indices, arrays, checksums, strict=True):
+                _check(array, wanted, f"version {version} from server {server}", index)
             yield {index: torch.from_numpy(array) for index, array in zip(indices, arrays, strict=True)}
 
     def _ask(self, server: int, version: int, have: int, left_s: float, timeout_s: float) -> Any:
@@ -236,6 +273,10 @@ class RayTransport:
             self._get(server, push, timeout_s, "take a push")
         except _MaybeTaken:
             self._send(server, sent._replace(at=time.monotonic()))
+        except CorruptTransfer:
+            if sent.repeated == _MAX_REPEATS:
+                raise
+            self._send(server, sent._replace(at=time.monotonic(), repeated=sent.repeated + 1))
 
     def fetch(self, server: int, version: int, timeout_s: float) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
         """See ``Transport.fetch``."""

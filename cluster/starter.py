@@ -51,6 +51,7 @@ class Starter:
             config.server_threads,
             config.arena_dir,
             config.faults,
+            config.verify_every,
         )
 
     def worker(self, number: int) -> Any:

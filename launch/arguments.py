@@ -88,6 +88,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     commands.add_subcommand("bench", _bench_parser(), help="measure speedups over a single device")
     commands.add_subcommand("evaluate", _evaluate_parser(), help="compute a trained run's metrics")
     commands.add_subcommand("predict", _predict_parser(), help="draw a trained run's predictions into pictures")
+    commands.add_subcommand("diff", _diff_parser(), help="find the first step at which two runs differ")
     commands.add_subcommand("tasks", _new_parser("pushpull tasks", "List the built-in tasks."), help="list the tasks")
     about = "Show machine and library versions."
     commands.add_subcommand("env", _new_parser("pushpull env", about), help="show machine and versions")
@@ -163,6 +164,13 @@ def _predict_parser() -> _Parser:
         "--out", type=str | None, default=None, help="folder for the pictures; default: RUN/predictions"
     )
     parser.add_argument("--threads", type=int | None, default=None, help="threads; default: the run's")
+    return parser
+
+
+def _diff_parser() -> _Parser:
+    parser = _new_parser("pushpull diff", "Find where two runs part; exits with 1 if they do.")
+    parser.add_argument("one", type=str, help="run folder")
+    parser.add_argument("other", type=str, help="run folder")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``pushpull train | bench | evaluate | predict | tasks | env``; ``--help`` imports nothing heavy."""
+"""The command line: ``pushpull train | bench | evaluate | predict | diff | tasks | env``; ``--help`` is quick."""
 
 import os
 import sys
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             SYNC: _bench_sync,
             "evaluate": _evaluate,
             "predict": _predict,
+            "diff": _diff,
             "tasks": _tasks,
             "env": _env,
         }
@@ -123,6 +124,14 @@ def _predict(options: Any) -> int:
     for path in predict_images(options.run, options.images, out=options.out, threads=options.threads):
         print(path)
     return 0
+
+
+def _diff(options: Any) -> int:
+    from launch.diff import diff_runs
+
+    difference = diff_runs(Path(options.one), Path(options.other))
+    print("\n".join(difference.lines()))
+    return 0 if difference.equal else _FAILED
 
 
 def _tasks(_options: Any) -> int:

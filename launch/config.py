@@ -123,6 +123,10 @@ class RunConfig:
     or ten median steps if that is more (ps), 300 (ddp)."""
     spares: int = 1
     """Processes that stand by on each node with servers, to take the place of one that dies (ps)."""
+    verify_every: int = 0
+    """Steps between comparisons of what each worker holds with what the servers committed (ps); 0: never."""
+    fingerprint_every: int = 0
+    """Steps between fingerprints in metrics.jsonl, by which pushpull diff finds where two runs part; 0: none."""
     faults: str | None = None
     """YAML file of faults to happen to the run, e.g. '- kill: {role: worker, index: 1, step: 3, stage: push}' (ps)."""
     min_workers: int = 1
@@ -154,7 +158,16 @@ class RunConfig:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ConfigError(f"--{field.replace('_', '-')} is {value}: it must be 1 or more")
-        for field in ("seed", "eval_every", "checkpoint_every", "spares", "min_workers", "keep_checkpoints"):
+        for field in (
+            "seed",
+            "eval_every",
+            "checkpoint_every",
+            "spares",
+            "min_workers",
+            "keep_checkpoints",
+            "verify_every",
+            "fingerprint_every",
+        ):
             if getattr(self, field) < 0:
                 raise ConfigError(f"--{field.replace('_', '-')} is {getattr(self, field)}: it must be 0 or more")
         if self.wire_precision != "fp32" and self.backend != "ps":

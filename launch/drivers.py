@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cluster.config import TransportName
-from launch.recorder import checkpoint_steps
+from launch.recorder import read_steps
 from launch.resolve import Resolved
 from launch.signals import stop_on_sigterm
 from paramserver.state import State
@@ -143,7 +143,7 @@ def _param_server(
         from cluster.config import ClusterConfig
         from cluster.coordinator import Coordinator
 
-        held = checkpoint_steps(config.checkpoint_every, total)
+        held = read_steps(config, total)
         cluster = ClusterConfig(
             options=run.options,
             worker=run.worker,
@@ -160,6 +160,7 @@ def _param_server(
             spares=config.spares,
             min_workers=config.min_workers,
             faults=faults,
+            verify_every=config.verify_every,
             step_timeout_s=config.step_timeout,
         )
         initial = resume or parts.state

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from launch.config import RunConfig
 from launch.console import RunConsole
 from launch.resolve import Resolved
 from launch.run_folder import RunFolder, read_json
@@ -15,7 +16,7 @@ from workers.checkpoint import drop_checkpoints, save_checkpoint
 from workers.report import EvaluationReport, StepReport
 from workers.timing import PHASES
 
-__all__ = ["Recorder", "checkpoint_meta", "checkpoint_steps"]
+__all__ = ["Recorder", "checkpoint_meta", "read_steps"]
 
 StateAt = Callable[[int], State]
 
@@ -23,6 +24,12 @@ StateAt = Callable[[int], State]
 def checkpoint_steps(every: int, total: int) -> tuple[int, ...]:
     """Versions of which a checkpoint is due during the run; the one at its end comes by itself."""
     return tuple(range(every, total, every)) if every else ()
+
+
+def read_steps(config: RunConfig, total: int) -> tuple[int, ...]:
+    """Versions that are read during the run: for a checkpoint, or for a fingerprint."""
+    found = {*checkpoint_steps(config.checkpoint_every, total), *checkpoint_steps(config.fingerprint_every, total)}
+    return tuple(sorted(found))
 
 
 def checkpoint_meta(run: Resolved) -> dict[str, Any]:
@@ -65,7 +72,10 @@ class Recorder:
         self._folder = folder
         self._console = console
         self._state_at = state_at
-        self._due = frozenset(checkpoint_steps(run.config.checkpoint_every, run.worker.plan.steps))
+        total = run.worker.plan.steps
+        self._due = frozenset(checkpoint_steps(run.config.checkpoint_every, total))
+        self._fingerprinted = frozenset(checkpoint_steps(run.config.fingerprint_every, total))
+        self._read = frozenset(read_steps(run.config, total))
         self._steps: list[_Measured] = []
         self._losses: list[float] = []
         self._metrics: dict[str, float] = {}
@@ -89,18 +99,22 @@ class Recorder:
         # Whoever knew how long the step took may be dead.
         images_per_s = 1e3 * report.samples / report.step_ms if report.step_ms else math.nan
         self._folder.append("ledger.jsonl", _ledger_row(report))
-        self._folder.append("metrics.jsonl", self._metrics_row(report, images_per_s))
+        state = self._state_at(report.step) if report.step in self._read and not report.stop else None
+        fingerprinted = state if report.step in self._fingerprinted else None
+        self._folder.append("metrics.jsonl", self._metrics_row(report, images_per_s, fingerprinted))
         self._console.step(report, images_per_s)
         commit = report.commit
         self._steps.append(
             _Measured(report.step_ms, report.samples, report.epoch, commit.skipped, report.phases_ms, commit.server_ms)
         )
         self._losses.append(report.loss)
-        if report.step in self._due and not report.stop:
-            self._save(self._state_at(report.step))
+        if state is not None and report.step in self._due:
+            self._save(state)
 
-    def _metrics_row(self, report: StepReport, images_per_s: float) -> dict[str, Any]:
+    def _metrics_row(self, report: StepReport, images_per_s: float, state: State | None) -> dict[str, Any]:
+        marks = {} if state is None else {"fingerprint": fingerprint(state.everything())}
         return {
+            **marks,
             "step": report.step,
             "epoch": report.epoch,
             "loss": report.loss,

@@ -82,7 +82,11 @@ class Client:
         ]
         stages = commits[0].server_ms
         busy = {stage: sum(commit.server_ms.get(stage, 0.0) for commit in commits) for stage in stages}
-        return commits[0]._replace(server_ms=busy, generation=max(commit.generation for commit in commits))
+        return commits[0]._replace(
+            server_ms=busy,
+            generation=max(commit.generation for commit in commits),
+            checksums=tuple(row for commit in commits for row in commit.checksums),
+        )
 
     def pull(self, version: int, out: Tensor) -> Mapping[str, Tensor]:
         """Copy ``version`` into the flat (length,) fp32 vector ``out``; gives the integer buffers back."""

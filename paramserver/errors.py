@@ -11,6 +11,7 @@
     ├── VersionGone               a version asked for that is no longer (or never was) held
     ├── NonFiniteGradient         NaN or infinity in a summed gradient
     ├── ReplicaMismatch           participants that should hold the same do not
+    ├── CorruptTransfer           what came over a wire is not what was sent
     ├── StepTimeout               a wait that ran past its deadline
     ├── WorkerLost                a worker died or raised
     ├── ServerLost                a server died or raised
@@ -24,6 +25,7 @@ from typing import Any
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "CorruptTransfer",
     "NonFiniteGradient",
     "OverlappingContribution",
     "PartitionMismatch",
@@ -84,6 +86,10 @@ class NonFiniteGradient(PushPullError):
 
 class ReplicaMismatch(PushPullError):
     """Participants that should hold the same values do not; the first key is named."""
+
+
+class CorruptTransfer(PushPullError):
+    """What came over a wire is not what was sent; the message names the slice."""
 
 
 class StepTimeout(PushPullError):

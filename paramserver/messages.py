@@ -135,6 +135,8 @@ class Commit(NamedTuple):
     """In which it was computed."""
     leave: bool = False
     """Whether workers are to come back after it: the membership is about to change."""
+    checksums: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Of this version's slices, where workers are to compare them with what they hold; see ``Checksums``."""
 
     @property
     def decision(self) -> Decision | None:

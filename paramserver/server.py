@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from paramserver.checksums import Checksums, checksums_of
 from paramserver.config import OptimizerConfig
 from paramserver.errors import VersionGone
 from paramserver.held_slice import HeldSlice, non_finite_gradient
@@ -41,6 +42,7 @@ class Server:
         run: run id and resume count; pushes with another one are refused.
         memory: where both versions lie; private memory if None.
         generation: of the membership; pushes with an older one are refused.
+        verify_every: steps between versions whose checksums go with the commit; 0: never.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Server:
         run: str = "run",
         memory: ServerMemory | None = None,
         generation: int = 0,
+        verify_every: int = 0,
     ) -> None:
+        self._verify_every = verify_every
         self.index = index
         self.partition = partition
         self.config = config
@@ -271,6 +275,7 @@ class Server:
             last_worker=self._step.last_worker,
             stop=stop,
             leave=leave,
+            checksums=self._checksums(self.version + 1),
             generation=self._step.generation,
         )
         commit = commit._replace(server_ms={**commit.server_ms, "commit": 1e3 * (time.perf_counter() - begin)})
@@ -281,6 +286,11 @@ class Server:
         if open_next:
             self.open_step()
         return commit
+
+    def _checksums(self, version: int) -> Checksums:
+        if not self._verify_every or version % self._verify_every:
+            return ()
+        return checksums_of(self.partition, self.memory.vectors[version % 2], self.partition.by_server[self.index])
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

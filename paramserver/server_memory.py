@@ -30,6 +30,7 @@ _HEADER = struct.Struct("<q32s")
 """Committed version plus one (0: never filled), and the layout's hash."""
 _WORD = struct.Struct("<q")
 _ROW_BYTES = 64
+_KEY_BYTES = 16
 """What a microbatch's row takes at most in a commit's record."""
 _RECORD_BYTES = 4096
 
@@ -189,7 +190,9 @@ def _layout(
     trained = [piece.numel for piece in partition.by_server[server] if piece.group != BUFFERS]
     uses_state = optimizer.name != "sgd" or optimizer.momentum
     integers = IntegerBlock.pack(state.integers if server == 0 else {})
+    pieces = sum(1 + len(partition.pieces[piece.index]) for piece in partition.by_server[server])
     record = _RECORD_BYTES + _ROW_BYTES * num_microbatches + len(integers.layout) + len(integers.to_bytes())
+    record += _KEY_BYTES * pieces  # checksums
     return _Layout(
         record=_pages(record),
         chunks=sum(-(-numel // CHUNK) for numel in trained),

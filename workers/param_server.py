@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import Tensor, nn
 
 from models.task import Metric
+from paramserver.checksums import Checksums, verify
 from paramserver.client import Client
 from paramserver.messages import Commit, MicrobatchStats
 from paramserver.partition import Slice
@@ -67,6 +68,8 @@ class ParamServerBackend:
         """Integer buffers of the next version, if this worker has had a sample: all microbatches agree on them."""
         self._shown = self.version
         """The version that the replica takes up slice by slice."""
+        self._checksums: Checksums = ()
+        """Of the version that is pulled next, if it is to be compared."""
         self._ahead = False
         """Whether the forward pass of the next microbatch was begun early."""
         replica.load({}, client.constants)
@@ -78,6 +81,10 @@ class ParamServerBackend:
                 self._early.bring_rest()
             else:
                 self._replica.load(self._memory.pull(self.version))
+            if self._checksums:
+                who = f"worker {self._client.worker}"
+                verify(self._replica.partition, self._replica.values.cpu(), self._checksums, self.version, who)
+                self._checksums = ()
 
     @contextmanager
     def microbatch(self, index: int, *, last: bool) -> Iterator[None]:
@@ -181,6 +188,7 @@ class ParamServerBackend:
         for stage in ("update", "commit"):
             timer.move(1e-3 * commit.server_ms.get(stage, 0.0), "aggregate", stage)
         self.version += 1
+        self._checksums = commit.checksums
         return commit
 
     def note(self, step: int, stage: str) -> None:

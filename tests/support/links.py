@@ -71,10 +71,10 @@ class RayLink(Link):
         self._used: list[Any] = []
 
     @staticmethod
-    def _arguments(fleet: Fleet) -> tuple[Any, ...]:
-        return (fleet.partition, fleet.optimizer, fleet.num_microbatches, fleet.initial, "run", 1, "/dev/shm")
+    def _arguments(fleet: Fleet, *more: Any) -> tuple[Any, ...]:
+        return (fleet.partition, fleet.optimizer, fleet.num_microbatches, fleet.initial, "run", 1, "/dev/shm", *more)
 
-    def start(self, fleet: Fleet) -> None:
+    def start(self, fleet: Fleet, *more: Any) -> None:
         """See ``Link.start``."""
         import ray
 
@@ -83,7 +83,7 @@ class RayLink(Link):
         ray.get([actor.close.remote() for actor in self._used], timeout=60)
         self._transports: list[Any] = []
         self._used = self._actors[: len(fleet.servers)]
-        anew = [actor.__ray_call__.remote(ServerActor.__init__, *self._arguments(fleet)) for actor in self._used]
+        anew = [actor.__ray_call__.remote(ServerActor.__init__, *self._arguments(fleet, *more)) for actor in self._used]
         ray.get(anew, timeout=60)
         ray.get([actor.open.remote(index, None) for index, actor in enumerate(self._used)], timeout=60)
         ray.get([actor.regroup.remote(0, self._used, (), {}) for actor in self._used], timeout=60)
