@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SEED ?= 1
 
-.PHONY: help demo test test-slow test-gpu check format clean
+.PHONY: help demo test test-slow test-gpu chaos check format clean
 
 help:
 	@echo "make demo       install, train both tasks on all backends, print the table (5 minutes on 2 cores)"
 	@echo "make test       install, run the tests"
 	@echo "make test-slow  the long matrices"
 	@echo "make test-gpu   what needs a GPU"
+	@echo "make chaos      kills at every stage of a step, then 100 at random times: make chaos SEED=1"
 	@echo "make check      ruff, mypy, import-linter"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -31,6 +33,10 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -m gpu
+
+chaos: $(STAMP)
+	$(BIN)/pytest tests/faults -m slow --timeout 600
+	$(BIN)/python -m tests.faults.chaos --seed $(SEED)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -70,6 +70,6 @@ def _checked(path: Path, resolved: Resolved) -> tuple[State, list[str]]:
     before, now = meta.get("wire_precision"), resolved.config.wire_precision
     notices = [f"goes on from {path}"]
     if state.residuals and before != now:
-        notices.append(f"its residuals are dropped: it has --wire-precision {before}, this run has {now}")
+        notices.append(f"residuals in the checkpoint are dropped: it has --wire-precision {before}, this run has {now}")
         state = replace(state, residuals={})
     return state, notices

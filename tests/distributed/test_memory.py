@@ -99,7 +99,7 @@ def test_nothing_grows_over_500_steps(tmp_path: Path) -> None:
 
 
 def test_shared_memory_is_what_the_arenas_take(tmp_path: Path) -> None:
-    """Two versions of the parameters, and a vector for each worker."""
+    """Two versions of the parameters and of the momentum, and a vector for each worker."""
     workers = 3
     process = _train(
         tmp_path, task="ssd", image_size=64, batch_size=8, workers=workers, microbatches=4, servers=2, steps=1000
@@ -110,4 +110,6 @@ def test_shared_memory_is_what_the_arenas_take(tmp_path: Path) -> None:
     process.terminate()
     process.communicate(timeout=60)
     vector = 4_141_056  # TinySSD: 1,031,132 elements in keys of 256 bytes each, whole pages
-    assert measured == 4096 + 2 * vector + workers * vector
+    words = 4096  # one for each server, slice and worker
+    momentum = measured - (words + 2 * vector + workers * vector)
+    assert 2 * 4 * 1_031_132 <= momentum <= 2 * vector + 2 * (8 << 12), "and a few pages of each server's own"

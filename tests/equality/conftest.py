@@ -1,4 +1,4 @@
-"""One Ray cluster for all parameter-server runs of the equality tests."""
+"""One Ray cluster for the parameter-server runs of a module."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 from launch.drivers import param_server_session
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     with param_server_session(None, workers=4, servers=3, model_bytes=64 << 20, transport="ray"):
         yield

@@ -8,12 +8,12 @@ from launch.drivers import param_server_session
 from tests.support.disturbed import Undisturbed
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     with param_server_session(None, workers=5, servers=3, model_bytes=64 << 20, transport="ray"):
         yield
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
