@@ -292,6 +292,7 @@ class Coordinator:
                 self._crew.ensure_workers(self._least)
                 self._crew.group()
                 self._deal()
+                self._crew.ask_for_workers()  # not before: what starts takes its time from what all wait for
                 return
             except (ServerLost, WorkerLost, StaleContribution, StepTimeout) as error:
                 if self._attempts >= _MAX_ATTEMPTS or isinstance(error, WorkerLost):

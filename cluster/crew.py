@@ -491,7 +491,7 @@ class Crew:
         self.newcomers.add(member)
 
     def ensure_workers(self, least: int = 0) -> None:
-        """Ask for replacements of lost workers; wait for some if there are too few to go on.
+        """Wait for replacements if there are too few workers to go on.
 
         Args:
             least: how many are too few, if it is more than the run's own limit.
@@ -499,9 +499,9 @@ class Crew:
         Raises:
             WorkerLost: if too few are left.
         """
-        self.ask_for_workers()
         least = max(least, 1, min(self._config.min_workers, self.target))
         while len(live := self.members.of("worker")) < least:
+            self.ask_for_workers()
             coming = [reference for reference, (member, _) in self.starting.items() if member.role == "worker"]
             left_s = max((self.starting[reference][1] for reference in coming), default=0.0) - time.monotonic()
             ready, _ = ray.wait(coming, num_returns=1, timeout=max(0.0, left_s)) if coming else ([], [])

@@ -20,7 +20,8 @@ def test_one_json_object_and_nothing_else(capsys: pytest.CaptureFixture[str], ex
     assert (result["workers"], result["rounds"]) == (2, 5)
     if not extra:
         vector = 503_808  # 123 pages
-        assert result["arena_bytes"] == 4096 + 2 * vector + 2 * vector, "a header, two versions, a vector a worker"
+        versions, own, sums = 4096 + 2 * vector, 5 * 4096 + 2 * vector, 2 * vector
+        assert result["arena_bytes"] == versions + own + sums, "parameters, momentum, a vector a worker"
 
 
 def test_parameters_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:

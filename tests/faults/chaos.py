@@ -107,7 +107,15 @@ def _disturb(dice: random.Random, task: str, out: Path, name: str, kills: int, t
         tally.kills[role] = tally.kills.get(role, 0) + 1
         after = [when for when in recovered if when > at]
         if role != "driver" and after:
-            tally.recovery_s.setdefault(role, []).append(after[0] - at)
+            together = any(at != other and _overlap(at, other, after[0], recovered) for _, other in done)
+            tally.recovery_s.setdefault(f"{role}, while another loss was open" if together else role, []).append(
+                after[0] - at
+            )
+
+
+def _overlap(at: float, other: float, until: float, recovered: list[float]) -> bool:
+    """Whether another kill came before this one was recovered from, or this one before the other one was."""
+    return at < other < until or (other < at and not any(other < when < at for when in recovered))
 
 
 def _judge(out: Path, task: str, name: str, tally: Tally) -> str:
