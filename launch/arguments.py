@@ -14,13 +14,16 @@ import yaml
 
 from launch.bench_config import BenchConfig
 from launch.config import RunConfig
+from launch.kill_config import KillConfig
 from launch.sync_config import SyncConfig
 from paramserver.errors import ConfigError
 
-__all__ = ["SYNC", "build_parser", "config_first", "one_line"]
+__all__ = ["KILL", "SYNC", "build_parser", "config_first", "one_line"]
 
 SYNC = "bench-sync"
-"""The command that is written ``bench sync``: options of its own, which a subcommand alone can have."""
+KILL = "bench-kill"
+"""The commands that are written ``bench sync`` and ``bench kill``: with options of their own, which a subcommand alone
+can have."""
 
 _YAML = "pushpull-yaml"
 
@@ -60,7 +63,11 @@ def _in_words(types: str) -> str:
 
 def _did_you_mean(word: str) -> str:
     """An option or key that looks like ``word``, written as ``word`` is."""
-    names = {field.name for config in (RunConfig, BenchConfig, SyncConfig) for field in dataclasses.fields(config)}
+    names = {
+        field.name
+        for config in (RunConfig, BenchConfig, SyncConfig, KillConfig)
+        for field in dataclasses.fields(config)
+    }
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
     if name in names:
         return ": another command has it, this one does not"
@@ -93,6 +100,8 @@ def build_parser() -> jsonargparse.ArgumentParser:
     about = "Show machine and library versions."
     commands.add_subcommand("env", _new_parser("pushpull env", about), help="show machine and versions")
     commands.add_subcommand(SYNC, _sync_parser(), help="as 'bench sync': measure one round of push, sum, update, pull")
+    about = "as 'bench kill': measure what the death of a worker costs under ps and ddp"
+    commands.add_subcommand(KILL, _kill_parser(), help=about)
     return parser
 
 
@@ -108,8 +117,9 @@ def config_first(arguments: Sequence[str]) -> list[str]:
             files.append(word)
         else:
             rest.append(word)
-    if rest[:2] == ["bench", "sync"]:
-        rest[:2] = [SYNC]
+    for command in (SYNC, KILL):
+        if rest[:2] == command.split("-"):
+            rest[:2] = [command]
     return rest[:1] + files + rest[1:]
 
 
@@ -145,6 +155,14 @@ def _sync_parser() -> _Parser:
     parser = _new_parser("pushpull bench sync", about)
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     _add_fields(parser, SyncConfig)
+    return parser
+
+
+def _kill_parser() -> _Parser:
+    parser = _new_parser("pushpull bench kill", "Kill one worker under ps and under ddp, and compare what it costs.")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--task", type=str, default="ssd", help="ssd, fcn, or path/to/file.py:ClassName")
+    _add_fields(parser, KillConfig)
     return parser
 
 

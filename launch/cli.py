@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     foreign = _foreign_package()
     if foreign is not None:
         return _complain(foreign, _USAGE)
-    from launch.arguments import SYNC, build_parser, config_first
+    from launch.arguments import KILL, SYNC, build_parser, config_first
     from models.errors import TaskError
     from paramserver.errors import ConfigError, PushPullError
 
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "train": _train,
             "bench": _bench,
             SYNC: _bench_sync,
+            KILL: _bench_kill,
             "evaluate": _evaluate,
             "predict": _predict,
             "diff": _diff,
@@ -106,6 +107,16 @@ def _bench_sync(options: Any) -> int:
     from launch.bench_sync import bench_sync
 
     return bench_sync(config)
+
+
+def _bench_kill(options: Any) -> int:
+    from launch.kill_config import KillConfig
+
+    config = KillConfig(**_settings(options))
+    _heavy()
+    from launch.bench_kill import bench_kill
+
+    return bench_kill(config)
 
 
 def _evaluate(options: Any) -> int:

@@ -129,6 +129,8 @@ class RunConfig:
     """Steps between fingerprints in metrics.jsonl, by which pushpull diff finds where two runs part; 0: none."""
     faults: str | None = None
     """YAML file of faults to happen to the run, e.g. '- kill: {role: worker, index: 1, step: 3, stage: push}' (ps)."""
+    max_restarts: int = 0
+    """Times that all ranks are started again from the newest checkpoint after one died (ddp)."""
     min_workers: int = 1
     """With fewer workers left the run waits for replacements, and ends if none come (ps)."""
     slice_bytes: int = 1 << 20
@@ -163,6 +165,7 @@ class RunConfig:
             "eval_every",
             "checkpoint_every",
             "spares",
+            "max_restarts",
             "min_workers",
             "keep_checkpoints",
             "verify_every",

@@ -32,7 +32,8 @@ def run_under_torchrun(config: RunConfig, folder: RunFolder, *, quiet: bool) -> 
         settings.write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
         script = Path(sys.executable).with_name("pushpull")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command += [str(config.workers), "--log-dir", temporary]  # it would leave a folder of its own behind
+        command += [str(config.workers), "--max-restarts", str(config.max_restarts)]
+        command += ["--log-dir", temporary]  # it would leave a folder of its own behind
         command += ["--no-python", str(script), "train", "--config", str(settings)]
         (folder.path / "status.json").unlink(missing_ok=True)
         # The ranks' own errors stand in status.json: torchrun's table and tracebacks would bury them.

@@ -20,13 +20,13 @@ from launch.fault_file import read_faults
 from launch.recorder import Recorder
 from launch.resolve import Resolved, resolve
 from launch.resume import choose_resume, newest_intact
-from launch.run_folder import RunFolder, read_json
+from launch.run_folder import AUTO, RunFolder, read_json
 from launch.torchrun import run_under_torchrun
 from models.errors import TaskError
 from paramserver.errors import CheckpointError, PushPullError
 from paramserver.state import State
 from workers.install import check_install
-from workers.process_group import torchrun_rank
+from workers.process_group import restarts, torchrun_rank
 
 __all__ = ["RunResult", "run"]
 
@@ -58,6 +58,8 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
             once the folder exists.
     """
     check_install()
+    if config.backend == "ddp" and torchrun_rank() is not None and restarts():
+        config = replace(config, resume=AUTO)  # a rank has died, and torchrun begins again
     torch.set_num_threads(config.threads)
     resolved = resolve(config)
     rank = torchrun_rank() if config.backend == "ddp" else None

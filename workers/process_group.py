@@ -13,7 +13,7 @@ import torch.distributed as dist
 _MEETING_S = 3e-3
 """Time for every rank to hear of the instant."""
 
-__all__ = ["Rank", "join_gloo", "leave", "meet", "process_group", "torchrun_rank"]
+__all__ = ["Rank", "join_gloo", "leave", "meet", "process_group", "restarts", "torchrun_rank"]
 
 
 class Rank(NamedTuple):
@@ -30,6 +30,11 @@ def torchrun_rank() -> Rank | None:
     if not all(name in os.environ for name in names):
         return None
     return Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+
+
+def restarts() -> int:
+    """How often torchrun has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def join_gloo(rank: int, world_size: int, port: int, timeout_s: float) -> None:
