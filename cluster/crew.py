@@ -227,6 +227,9 @@ class Crew:
         runs = deal_runs(plan.microbatches, len(workers)) if workers else []
         self._open_relays(workers, runs)
         rounded = self._round_pushes(runs)
+        if self.generation and self.roundings.active:
+            text = "what rounding on the wire had left over is dropped: the bits are another run's from here on"
+            self._event("dropped", text, step=self.version + 1)
         self.dealt = [
             Dealt(
                 member,

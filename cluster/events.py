@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 __all__ = ["Event"]
 
-Kind = Literal["lost", "replaced", "joined", "left", "recovered", "restored"]
+Kind = Literal["lost", "replaced", "joined", "left", "recovered", "restored", "dropped"]
 
 
 @dataclass(frozen=True)
