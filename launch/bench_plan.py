@@ -128,6 +128,7 @@ def _run_config(
         share_device=config.share_device,
         drop_last=True,  # a short minibatch would be a fast step
         evaluate=False,
+        spares=0,  # it would start while steps are measured; afterwards it only sleeps
     )
 
 
@@ -144,7 +145,9 @@ def row_command(row: Row, run: RunConfig) -> str:
         return ""
     words: Sequence[str] = [
         f"pushpull train {run.task} --backend {run.backend}",
-        f"--workers {run.workers} --servers {run.servers}" if run.backend == "ps" else f"--workers {run.workers}",
+        f"--workers {run.workers} --servers {run.servers} --spares 0"
+        if run.backend == "ps"
+        else f"--workers {run.workers}",
         f"--microbatches {run.microbatches} --batch-size {run.batch_size} --steps {run.steps} --seed {run.seed}",
         f"--data {run.data}" if run.data != "synthetic" else "",
         f"--image-size {run.image_size}" if run.image_size else "",

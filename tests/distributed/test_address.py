@@ -1,53 +1,17 @@
 """Joining a cluster that somebody else started."""
 
 import json
-import secrets
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import end_processes_of, start
+from tests.support.heads import StartHead, ray_start, start_head
+from tests.support.processes import start
 from tests.support.runs import HARD, SMALL, train
 
-StartHead = Callable[[int], str]
+__all__ = ["start_head"]
+
 HARD_BUT_SHORT = {**HARD, "steps": 3}
-
-
-def _ray_start(*options: str) -> None:
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "start", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *options]
-    started = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert started.returncode == 0, started.stderr
-
-
-@pytest.fixture
-def start_head(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartHead]:
-    """Starts a Ray head with so many CPUs and a token of its own; gives its address."""
-    folder = tmp_path_factory.mktemp("ray", numbered=True)
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")  # with "0" a second node is refused
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    home = Path(tempfile.mkdtemp(prefix="pp-"))  # a socket's path may have about 108 bytes: pytest's are too long
-
-    def start_it(num_cpus: int) -> str:
-        cpus = f"--num-cpus={num_cpus}"
-        _ray_start("--head", f"--port={port}", cpus, "--include-dashboard=false", f"--temp-dir={home}")
-        return f"127.0.0.1:{port}"
-
-    yield start_it
-    end_processes_of({str(home)})  # "ray stop" would end every cluster of this machine
-    shutil.rmtree(home, ignore_errors=True)
 
 
 def test_a_run_on_a_joined_cluster_has_the_bits_of_single(start_head: StartHead, tmp_path: Path) -> None:
@@ -105,7 +69,7 @@ def test_a_run_on_two_nodes_has_the_bits_of_single(
     """As many logical CPUs as actors, so that neither node holds them all: workers push to servers elsewhere."""
     here = (workers + servers + 1) // 2
     head = start_head(here)
-    _ray_start(f"--address={head}", f"--num-cpus={workers + servers - here}")
+    ray_start(f"--address={head}", f"--num-cpus={workers + servers - here}")
     settings = {**SMALL[task], **HARD_BUT_SHORT}
     options = [f"--{key.replace('_', '-')}={str(value).lower()}" for key, value in settings.items() if key != "task"]
     options += ["--backend=ps", f"--workers={workers}", f"--servers={servers}", *extra]
@@ -129,7 +93,7 @@ def test_a_run_on_two_nodes_has_the_bits_of_single(
 def test_a_run_on_two_nodes_rounds_between_them_and_can_be_gone_on_from(start_head: StartHead, tmp_path: Path) -> None:
     """Ray places the second run as it likes: relays take residuals up, or what is dropped is said."""
     head = start_head(3)
-    _ray_start(f"--address={head}", "--num-cpus=1")
+    ray_start(f"--address={head}", "--num-cpus=1")
     settings = {**SMALL["ssd"], **HARD, "wire_precision": "bf16", "checkpoint_every": 3, "out": tmp_path}
     options = [f"--{key.replace('_', '-')}={str(value).lower()}" for key, value in settings.items() if key != "task"]
     options += ["--workers=3", f"--address={head}"]
