@@ -73,5 +73,5 @@ def test_a_rows_command_names_its_settings() -> None:
     baseline, row = list(plan.rows)[:2]
     assert row_command(baseline, plan.rows[baseline]) == ""
     words = row_command(row, plan.rows[row])
-    assert words.startswith("pushpull train ssd --backend ps --workers 2 --servers 1 --microbatches 2 --batch-size 8")
+    assert words.startswith("pushpull train ssd --backend ps --workers 2 --servers 1 --spares 0 --microbatches 2 ")
     assert isinstance(plan.rows[row], RunConfig)
