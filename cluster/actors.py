@@ -47,6 +47,7 @@ __all__ = ["ServerActor", "ServerStatus", "WorkerActor", "prepare_process"]
 T = TypeVar("T")
 
 _VOTE_S = 60.0
+_REPLICA_S = 60.0
 _RECENT = 64
 """Commits that are remembered: more than a worker's reports can be late."""
 
@@ -123,6 +124,7 @@ class ServerActor:
         self._decision: asyncio.Future[Decision] | None = None
         self._recent: deque[Commit] = deque(maxlen=_RECENT)
         self._keeper: Keeper | None = None
+        self._replica: Any = None
 
     async def place(self) -> Place:
         """Where this server runs."""
@@ -135,13 +137,20 @@ class ServerActor:
         await asyncio.to_thread(self._keeper.keep, server, hub)
         return self._keeper.address
 
-    async def open(self, index: int, beside: Address | None, keeper: Address | None = None) -> Address:
+    async def open(
+        self,
+        index: int,
+        beside: Address | None,
+        keeper: Address | None = None,
+        replica: tuple[ServerSnapshot, Commit | None] | None = None,
+    ) -> Address:
         """Begin to serve.
 
         Args:
             index: which server this is.
             beside: address of a server on this node whose arena is to be shared; None makes one.
             keeper: of the memory that a server of this number has left on this node, to go on from.
+            replica: what another node has kept of a server of this number, to go on from.
 
         Returns:
             Where workers of this node connect.
@@ -158,7 +167,7 @@ class ServerActor:
         content = own.tensor(0, own.num_bytes, torch.uint8)
         memory = ServerMemory(partition, index, *self._about, versions.vectors, content)
         about = (optimizer, num_microbatches, state, self._run, memory)
-        server = Server(index, partition, *about, verify_every=self._verify_every)
+        server = Server(index, partition, *about, verify_every=self._verify_every, replica=replica)
         # Copied: its memory in the object store is not needed any more.
         self._about = (optimizer, num_microbatches, replace(state, values={}, optimizer={}))
         self._server = server
@@ -171,11 +180,17 @@ class ServerActor:
             on_change=self._changed,
             own=own,
             on_stage=None if self._observer is None else self._observer.at,
+            before_word=self._replicate,
         )
         return self._hub.address
 
     async def regroup(
-        self, generation: int, peers: Sequence[Any], held_versions: Sequence[int], settled: Mapping[int, Decision]
+        self,
+        generation: int,
+        peers: Sequence[Any],
+        held_versions: Sequence[int],
+        settled: Mapping[int, Decision],
+        replica: Any = None,
     ) -> ServerStatus:
         """The membership has changed: whoever belongs to it comes again, and pushes the open step again.
 
@@ -184,6 +199,7 @@ class ServerActor:
             peers: handles of all servers.
             held_versions: those to keep until a snapshot of them was taken.
             settled: votes that were taken already, by step: some server may have acted on them.
+            replica: handle of the ``ReplicaActor`` that is to have each version before anybody hears of it.
         """
         self._generation = generation
         self._peers = list(peers)
@@ -199,6 +215,9 @@ class ServerActor:
 
         def change() -> ServerStatus:
             self._hub.regroup(generation)
+            if replica is not None and replica is not self._replica:
+                self._replica = replica
+                self._replicate(self._server.last)
             for version in (self._server.version - 1, self._server.version):
                 if version in self._held_versions and self._server.readable(version):
                     self._server.hold(version, once=True)
@@ -207,6 +226,16 @@ class ServerActor:
         status = await self._in_hub(change)
         self._wake()
         return status
+
+    def _replicate(self, commit: Commit | None) -> None:
+        """In the hub's thread: the replica has the committed version before anybody hears of it."""
+        if self._replica is None:
+            return
+        stored = self._replica.store.remote(self._index, self._server.snapshot(self._server.version), commit)
+        try:
+            ray.get(stored, timeout=_REPLICA_S)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            self._replica = None  # the coordinator sees it, too, and finds another
 
     async def status(self) -> ServerStatus:
         """What is committed here."""

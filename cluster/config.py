@@ -58,6 +58,8 @@ class ClusterConfig:
     """Size of the training set."""
     spares: int = 1
     """Processes that stand by on each node with servers, to go on from the memory of one that dies."""
+    replicas: int = 0
+    """1: each server's committed versions are kept on another node, too."""
     min_workers: int = 1
     """With fewer the run waits for replacements, and ends if none come."""
     verify_every: int = 0

@@ -188,6 +188,7 @@ class Crew:
         for number in range(self._config.servers.num_servers):
             if self.members.find("server", number) is None:
                 self._replace_server(number)
+        self._place_replicas()
         statuses = self._regroup({})
         self.version = min(status.version for status in statuses)
         self.commits = [commit for status in statuses for commit in (*status.recent, status.last) if commit]
@@ -202,7 +203,10 @@ class Crew:
     def _regroup(self, settled: dict[int, Any]) -> list[ServerStatus]:
         members = self.members.of("server")
         actors, held = self.server_actors, sorted(self._held)
-        asked = [member.actor.regroup.remote(self.generation, actors, held, settled) for member in members]
+        asked = [
+            member.actor.regroup.remote(self.generation, actors, held, settled, self._replica_of(member))
+            for member in members
+        ]
         statuses: list[ServerStatus] = []
         deadline = time.monotonic() + _ANSWER_S
         for member, reference in zip(members, asked, strict=True):
@@ -215,6 +219,34 @@ class Crew:
                 self.bury(member, f"did not answer for {_ANSWER_S:.0f} s" if late else "died", self.version + 1)
                 raise ServerLost(f"{member} is gone", server=member.number) from None
         return statuses
+
+    def _place_replicas(self) -> None:
+        """See that each node with servers has a replica on another node."""
+        if not self._config.replicas:
+            return
+        alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        for node in dict.fromkeys(self._nodes.values()):
+            if self._replica_for(node) is not None:
+                continue
+            others = [other for other in alive if other != node]
+            if not others:
+                if self.generation == 0:
+                    self.notices.append("--replicas 1 does nothing here: there is one node alone")
+                continue
+            number = 1 + max((member.number for member in self.members.of("replica")), default=-1)
+            replica = self.members.add("replica", number, self._starter.replica(others[0]))
+            try:
+                self.members.put(replica, ray.get(replica.actor.place.remote(), timeout=self._config.start_timeout_s))
+            except ray.exceptions.RayError:
+                self.members.remove(replica)  # the next generation tries again
+
+    def _replica_for(self, node: str) -> Member | None:
+        """A replica that outlives the node."""
+        return next((replica for replica in self.members.of("replica") if _node(replica) != node), None)
+
+    def _replica_of(self, server: Member) -> Any:
+        replica = self._replica_for(_node(server))
+        return None if replica is None else replica.actor
 
     def _assign(self) -> None:
         for member in [member for member in self.members.of("worker") if member.number >= self.target]:
@@ -401,7 +433,29 @@ class Crew:
                 continue
             self._event("replaced", f"{member} goes on from the committed version", member, self.version + 1)
             return
-        self._restore_all()
+        if not self._take_replica(number):
+            self._restore_all()
+
+    def _take_replica(self, number: int) -> bool:
+        """Begin a server again from what another node has kept of it."""
+        for replica in self.members.of("replica"):
+            try:
+                kept = ray.get(replica.actor.newest.remote(number), timeout=_ANSWER_S)
+            except ray.exceptions.RayError:
+                continue
+            member = self.members.add("server", number, self._starter.server())
+            try:
+                self.members.put(member, ray.get(member.actor.place.remote(), timeout=self._config.start_timeout_s))
+                beside = next(iter(self._addresses.get(_node(member), {}).values()), None)
+                opened = member.actor.open.remote(number, beside, None, kept)
+                self._opened(member, ray.get(opened, timeout=self._config.start_timeout_s))
+            except ray.exceptions.RayError:
+                self.members.remove(member)  # Ray may not know yet which nodes are gone
+                raise ServerLost(f"server {number} could not be started elsewhere", server=number) from None
+            text = f"{member} goes on from the replica of version {kept[0].version}"
+            self._event("replaced", text, member, kept[0].version + 1)
+            return True
+        return False
 
     def _stand_in(self, number: int, node: str, keeper: Member | None) -> Member | None:
         """A process for the place of a server: the spare that has kept its memory, another one, or a new one."""

@@ -16,7 +16,7 @@ from cluster.place import Place, machine
 
 __all__ = ["Member", "Members", "ProcessRow", "Role"]
 
-Role = Literal["server", "worker", "relay", "spare"]
+Role = Literal["server", "worker", "relay", "spare", "replica"]
 
 _END_S = 5.0
 
@@ -127,7 +127,7 @@ class Members:
     def processes(self) -> list[ProcessRow]:
         """Rows of processes.json: whatever runs, and this process, the driver."""
         rows = [ProcessRow("driver", 0, os.getpid(), "local")]
-        for role in ("server", "worker", "relay", "spare"):
+        for role in ("server", "worker", "relay", "spare", "replica"):
             rows += [ProcessRow(role, m.number, m.place.pid, m.place.node) for m in self.of(role) if m.place]
         return rows
 

@@ -9,6 +9,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.actors import ServerActor, WorkerActor
 from cluster.config import ClusterConfig
 from cluster.relay import RelayActor
+from cluster.replica import ReplicaActor
 from models.registry import TaskSource
 from paramserver.partition import Partition
 from paramserver.state import State
@@ -74,6 +75,10 @@ class Starter:
         )
         about = (config.options, worker, config.optimizer, config.servers, config.arena_dir, config.faults)
         return actor.remote(self._source, *about)
+
+    def replica(self, node: str) -> Any:
+        """What keeps committed versions of servers of other nodes."""
+        return ray.remote(ReplicaActor).options(num_cpus=0, num_gpus=0, max_restarts=0, **_pinned(node)).remote()
 
     def relay(self, node: str) -> Any:
         """What stands on a node for servers elsewhere."""

@@ -129,6 +129,8 @@ class RunConfig:
     """Steps between fingerprints in metrics.jsonl, by which pushpull diff finds where two runs part; 0: none."""
     faults: str | None = None
     """YAML file of faults to happen to the run, e.g. '- kill: {role: worker, index: 1, step: 3, stage: push}' (ps)."""
+    replicas: int = 0
+    """1 keeps each server's committed versions on another node, too, at the price of sending them there (ps)."""
     max_restarts: int = 0
     """Times that all ranks are started again from the newest checkpoint after one died (ddp)."""
     min_workers: int = 1
@@ -166,6 +168,7 @@ class RunConfig:
             "checkpoint_every",
             "spares",
             "max_restarts",
+            "replicas",
             "min_workers",
             "keep_checkpoints",
             "verify_every",

@@ -159,6 +159,7 @@ def _param_server(
             num_samples=run.num_samples,
             spares=config.spares,
             min_workers=config.min_workers,
+            replicas=config.replicas,
             faults=faults,
             verify_every=config.verify_every,
             step_timeout_s=config.step_timeout,

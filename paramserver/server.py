@@ -43,6 +43,7 @@ class Server:
         memory: where both versions lie; private memory if None.
         generation: of the membership; pushes with an older one are refused.
         verify_every: steps between versions whose checksums go with the commit; 0: never.
+        replica: what another process has kept of this server, with its commit: that counts, not ``state``.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Server:
         memory: ServerMemory | None = None,
         generation: int = 0,
         verify_every: int = 0,
+        replica: tuple[ServerSnapshot, Commit | None] | None = None,
     ) -> None:
         self._verify_every = verify_every
         self.index = index
@@ -80,7 +82,13 @@ class Server:
             for piece in pieces
         }
         self._constants = dict(state.constants) if index == 0 else {}
-        if not self.memory.filled:
+        if not self.memory.filled and replica is not None:
+            snapshot, commit = replica
+            for piece in pieces:
+                self._slices[piece.index].load(snapshot.version, *snapshot.slices[piece.index])
+            kept = IntegerBlock.pack(snapshot.integers)
+            self.memory.commit(commit or Commit(snapshot.version, (), 0.0), kept)
+        elif not self.memory.filled:
             initial = partition.flatten(state.values)
             for piece in pieces:
                 optimizer = slice_optimizer_state(partition, piece.index, state)

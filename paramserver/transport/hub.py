@@ -94,6 +94,7 @@ class Hub:
         own: the server's own arena, shown to keepers.
         on_stage: called in the hub's thread with step and stage, when something is first summed, when something was
             updated, and when a version is committed but nobody was told; if it gives ``drop-response``, nobody is.
+        before_word: called in the hub's thread with a commit before anybody hears of it.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Hub:
         least_elements: int = _LEAST_ELEMENTS,
         own: Arena | None = None,
         on_stage: Callable[[int, str], object] | None = None,
+        before_word: Callable[[Commit], None] = lambda _: None,
     ) -> None:
         self.failure: BaseException | None = None
         """What ended the run here, once something has."""
@@ -118,6 +120,7 @@ class Hub:
         """Whether workers are to come back after it, since the membership changes."""
         self._server = server
         self._on_stage = on_stage
+        self._before_word = before_word
         self._seen = (0, "")
         self.own = own
         self.versions = versions
@@ -348,6 +351,7 @@ class Hub:
         share = self._wall / total if (total := sum(busy.values())) else 0.0
         shares = {stage: seconds * share for stage, seconds in busy.items()}
         commit = server.commit([shares], stop=self.stop, leave=self.leave, open_next=False)
+        self._before_word(commit)
         self.versions.commit(server.index, server.version)
         self.last = commit
         if self._look("commit") != "drop-response":

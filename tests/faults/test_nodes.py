@@ -50,15 +50,19 @@ def _kill_node_of_server(folder: Path) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_server_that_is_lost_with_its_node_comes_back_from_the_checkpoint(
-    start_head: StartHead, tmp_path: Path, undisturbed: Undisturbed
+@pytest.mark.parametrize(
+    ("option", "kind"),
+    [("--replicas=1", "replaced"), pytest.param("--checkpoint-every=1", "restored", marks=pytest.mark.slow)],
+)
+def test_a_server_that_is_lost_with_its_node_comes_back(
+    start_head: StartHead, tmp_path: Path, undisturbed: Undisturbed, option: str, kind: str
 ) -> None:
     head = start_head(0)
     for _ in range(2):
         ray_start(f"--address={head}", "--num-cpus=3")
-    folder = _train(tmp_path, head, "--checkpoint-every=1", disturb=_kill_node_of_server)
+    folder = _train(tmp_path, head, option, disturb=_kill_node_of_server)
     _check(folder, undisturbed)
-    assert "restored" in [row["kind"] for row in rows_of(folder, "events.jsonl")]
+    assert kind in [row["kind"] for row in rows_of(folder, "events.jsonl")]
 
 
 @pytest.mark.slow
