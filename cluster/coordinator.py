@@ -241,9 +241,9 @@ class Coordinator:
         cause = _cause(error)
         if cause is None:
             self._crew.bury(member, "died", self._merger.emitted + 1)
-        elif not isinstance(cause, ServerLost | StaleContribution | StepTimeout):
-            raise cause
-        if generation == self._crew.generation:
+        if generation == self._crew.generation:  # what is wrong with the run itself will be wrong again
+            if cause is not None and not isinstance(cause, ServerLost | StaleContribution | StepTimeout):
+                raise cause
             if isinstance(cause, StepTimeout):
                 self._find_culprit(cause)
             self._recover()

@@ -32,6 +32,7 @@ __all__ = ["Crew", "Dealt"]
 
 _ANSWER_S = 15.0
 """For what a live server does at once, unless it is in the middle of an update."""
+_SPARE = -1
 _START_TRIES = 3
 """How often in a row a replacement may die before it has had work."""
 
@@ -103,7 +104,6 @@ class Crew:
         """What the user should know of how the run is spread, once it is started."""
         self.lost_at: float | None = None
         """When a worker or server was lost last."""
-        self._spares_begun = False
 
     # -- the start ---------------------------------------------------------------------------------------------------
 
@@ -503,7 +503,8 @@ class Crew:
         """See that on each node with servers somebody stands by; what is missing is started in the background."""
         for node in dict.fromkeys(self._nodes.values()):
             spares = [m for m in self.members if m.role == "spare" and (m.place is None or _node(m) == node)]
-            if len(spares) < self._config.spares:
+            if len(spares) < self._config.spares and self._tries.get(_SPARE, 0) < _START_TRIES:
+                self._tries[_SPARE] = self._tries.get(_SPARE, 0) + 1
                 number = 1 + max((spare.number for spare in self.members if spare.role == "spare"), default=-1)
                 self._start(self.members.add("spare", number, self._starter.server(node=node)))
 
@@ -539,6 +540,7 @@ class Crew:
             return
         self.members.put(member, place)
         if member.role == "spare":
+            self._tries.pop(_SPARE, None)
             self._keep_by(member, [server for server, node in self._nodes.items() if node == place.node])
             return
         if member.number >= self.target:  # it is not wanted any more
