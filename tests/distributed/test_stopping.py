@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import gone, processes_of, ray_folders, shared_memory, start, wait_for, wait_for_line
+from tests.support.processes import gone, ray_folders, shared_memory, start, wait_for_line
 from tests.support.runs import train
 
 # A constant learning rate: it does not depend on where the run was to end.
@@ -55,21 +55,6 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert complaint.strip().splitlines() == ["pushpull: interrupted"]
     assert gone(ours) == []
     assert shared_memory() <= memory
-
-
-def test_a_driver_that_is_killed_takes_processes_and_shared_memory_with_it(tmp_path: Path) -> None:
-    """Its folder is swept by the next run; nothing else is left."""
-    folders, memory = ray_folders(), shared_memory()
-    process = start("train", "ssd", "--backend", "ps", "--workers=2", *SMALL, "--steps=500", f"--out={tmp_path}")
-    wait_for_line(process, "step 1/")
-    ours = ray_folders() - folders
-    process.kill()
-    process.communicate(timeout=60)
-    wait_for(lambda: not processes_of(ours))
-    assert shared_memory() <= memory
-    settings = {**SETTINGS, "steps": 1}
-    train(tmp_path, "next", backend="ps", workers=1, **settings)
-    assert gone(ours) == []
 
 
 def test_an_error_in_a_worker_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def test_two_then_four_then_one_then_three_workers(tmp_path: Path) -> None:
     assert [count for count, _ in itertools.groupby(_workers_by_step(run.folder))] == [2, 4, 1, 3]
 
 
+@pytest.mark.slow
 def test_who_is_beyond_the_number_of_microbatches_waits(tmp_path: Path, undisturbed: Undisturbed) -> None:
     """Five for four microbatches; when one is killed, the fifth is there at once."""
     faults = [

@@ -9,7 +9,14 @@ from tests.support.disturbed import Undisturbed, disturbed, rows_of
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-@pytest.mark.parametrize(("role", "stage"), [("worker", "compute"), ("worker", "push"), ("server", "aggregate")])
+@pytest.mark.parametrize(
+    ("role", "stage"),
+    [
+        ("worker", "compute"),
+        pytest.param("worker", "push", marks=pytest.mark.slow),
+        pytest.param("server", "aggregate", marks=pytest.mark.slow),
+    ],
+)
 def test_who_is_stopped_is_taken_for_dead(tmp_path: Path, undisturbed: Undisturbed, role: str, stage: str) -> None:
     fault = {"stop": {"role": role, "index": 1, "step": 4, "stage": stage}}
     run = disturbed(tmp_path, "ssd", [fault], step_timeout=3.0, servers=2)
@@ -20,6 +27,7 @@ def test_who_is_stopped_is_taken_for_dead(tmp_path: Path, undisturbed: Undisturb
     assert "stage " + stage in lost["text"] or role == "server"
 
 
+@pytest.mark.slow
 def test_a_straggler_is_waited_for(tmp_path: Path, undisturbed: Undisturbed) -> None:
     fault = {"delay": {"role": "worker", "index": 1, "step": 3, "stage": "compute", "seconds": 2.0}}
     run = disturbed(tmp_path, "ssd", [fault], step_timeout=20.0)
@@ -27,7 +35,14 @@ def test_a_straggler_is_waited_for(tmp_path: Path, undisturbed: Undisturbed) -> 
     assert rows_of(run.folder, "events.jsonl") == []
 
 
-@pytest.mark.parametrize(("transport", "stage"), [("auto", "commit"), ("ray", "push"), ("ray", "commit")])
+@pytest.mark.parametrize(
+    ("transport", "stage"),
+    [
+        ("auto", "commit"),
+        pytest.param("ray", "push", marks=pytest.mark.slow),
+        pytest.param("ray", "commit", marks=pytest.mark.slow),
+    ],
+)
 def test_a_response_that_is_dropped_is_asked_for_again(
     tmp_path: Path, undisturbed: Undisturbed, transport: str, stage: str
 ) -> None:

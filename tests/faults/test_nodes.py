@@ -50,9 +50,10 @@ def _kill_node_of_server(folder: Path) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "kind"),
-    [("--replicas=1", "replaced"), pytest.param("--checkpoint-every=1", "restored", marks=pytest.mark.slow)],
+    [("--replicas=1", "replaced"), ("--checkpoint-every=1", "restored")],
 )
 def test_a_server_that_is_lost_with_its_node_comes_back(
     start_head: StartHead, tmp_path: Path, undisturbed: Undisturbed, option: str, kind: str
