@@ -19,11 +19,15 @@ from paramserver.messages import Commit, pack_commit, unpack_commit
 from paramserver.partition import BUFFERS, ELEMENT_BYTES, Partition, Slice
 from paramserver.state import State
 
-__all__ = ["CHUNK", "ChunkMemory", "ServerMemory"]
+__all__ = ["CHUNK", "STAGGER", "ChunkMemory", "ServerMemory"]
 
 CHUNK = 1 << 18
 """Elements that go through sum, division and update before the next ones do: 1 MiB. Smaller ones fit nearer caches, but
 threads then fight for the interpreter between operations."""
+
+STAGGER = 320
+"""Elements between vectors that are read and written side by side: with equal addresses modulo 4 KiB a processor takes
+each load for one of the store before it, and waits."""
 
 _PAGE = 4096
 _HEADER = struct.Struct("<q32s")
@@ -71,7 +75,7 @@ class _Layout:
     @property
     def num_bytes(self) -> int:
         """Size of everything."""
-        return self.vectors + 2 * len(self.names) * ELEMENT_BYTES * self.elements
+        return self.vectors + 2 * len(self.names) * ELEMENT_BYTES * (self.elements + STAGGER)
 
 
 class ServerMemory:
@@ -132,7 +136,8 @@ class ServerMemory:
             vectors: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
             for version in range(2):
                 for number, name in enumerate(layout.names):
-                    start = (2 * number + version) * layout.elements + first_element + lo
+                    vector = 2 * number + version
+                    start = vector * (layout.elements + STAGGER) + first_element + lo
                     vectors[version][name] = self._floats(layout.vectors + ELEMENT_BYTES * start, numel)
             counts = [
                 self._floats(layout.updates + ELEMENT_BYTES * (version * layout.chunks + first_chunk + chunk), 1)[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from paramserver.arena import DEFAULT_ARENA_DIR, Arena, round_to_pages
 from paramserver.partition import ELEMENT_BYTES, Partition, Slice
+from paramserver.server_memory import STAGGER
 from paramserver.transport.channel import Address, connect
 
 __all__ = ["VersionsArena", "share_versions"]
@@ -43,14 +44,14 @@ class VersionsArena:
         self._workers = words[servers + slices :]
         self.vectors: tuple[Tensor, Tensor] = (
             arena.tensor(header, partition.length),
-            arena.tensor(header + vector, partition.length),
+            arena.tensor(header + vector + ELEMENT_BYTES * STAGGER, partition.length),
         )
 
     @classmethod
     def create(cls, partition: Partition, folder: Path = DEFAULT_ARENA_DIR) -> "VersionsArena":
         """A new one; see ``Arena.create``."""
         header, vector = _sizes(partition)
-        return cls(Arena.create(header + 2 * vector, folder), partition)
+        return cls(Arena.create(header + 2 * vector + ELEMENT_BYTES * STAGGER, folder), partition)
 
     def committed(self, server: int) -> int:
         """The version that a server wrote last and whole."""
