@@ -21,7 +21,7 @@ def test_one_json_object_and_nothing_else(capsys: pytest.CaptureFixture[str], ex
     if not extra:
         vector = 503_808  # 123 pages
         page = 4096  # vectors do not begin at the same place in a page
-        versions, own, sums = page + 2 * vector + page, 5 * page + 2 * vector + page, 2 * vector
+        versions, own, sums = page + 2 * vector + page, 5 * page + 2 * vector, 2 * vector
         assert result["arena_bytes"] == versions + own + sums, "parameters, momentum, a vector a worker"
 
 
