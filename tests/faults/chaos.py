@@ -23,10 +23,10 @@ from tests.support.processes import PUSHPULL, gone, ray_folders, shared_memory
 
 HANG_S = 300.0
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ssd": {"image_size": "64", "steps": 500, "slice_bytes": 1 << 14},
-    "fcn": {"image_size": "48x64", "steps": 250},
+    "ssd": {"image_size": "64", "steps": 300, "slice_bytes": 1 << 14},
+    "fcn": {"image_size": "48x64", "steps": 150},
 }
-COMMON = {"batch_size": 13, "microbatches": 4, "seed": 3, "checkpoint_every": 50, "evaluate": False, "momentum": 0.9}
+COMMON = {"batch_size": 13, "microbatches": 4, "seed": 3, "checkpoint_every": 20, "evaluate": False, "momentum": 0.9}
 
 
 @dataclass
@@ -80,7 +80,7 @@ def _disturb(dice: random.Random, task: str, out: Path, name: str, kills: int, t
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
         if next_kill is None and _step(folder) and len(done) < kills:
-            next_kill = time.monotonic() + dice.uniform(0.0, 4.0)
+            next_kill = time.monotonic() + dice.uniform(0.0, 3.0)
         if next_kill is None or time.monotonic() < next_kill:
             continue
         role = dice.choices(["worker", "server", "driver"], [10, 6, 1])[0]
