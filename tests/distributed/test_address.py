@@ -14,6 +14,7 @@ __all__ = ["start_head"]
 HARD_BUT_SHORT = {**HARD, "steps": 3}
 
 
+@pytest.mark.slow
 def test_a_run_on_a_joined_cluster_has_the_bits_of_single(start_head: StartHead, tmp_path: Path) -> None:
     """In a process of its own: Ray reads a token once, and this one may have used another."""
     head = start_head(3)
@@ -30,11 +31,11 @@ def test_a_run_on_a_joined_cluster_has_the_bits_of_single(start_head: StartHead,
 
 EARLY = ["--overlap=true", "--early-forward=true"]
 SPREAD: dict[str, tuple[str, int, int, list[str]]] = {
-    "fcn 3/1": ("fcn", 3, 1, []),
     "fcn 3/2 early": ("fcn", 3, 2, EARLY),
 }
 """Task, workers, servers, options; in every run."""
 SLOW_SPREAD: dict[str, tuple[str, int, int, list[str]]] = {
+    "fcn 3/1": ("fcn", 3, 1, []),
     "fcn 3/2 ray": ("fcn", 3, 2, ["--transport=ray"]),
     "fcn 4/2": ("fcn", 4, 2, []),
     **{f"ssd {n}/{s} early": ("ssd", n, s, EARLY) for n in (1, 2, 3, 4) for s in (1, 2)},

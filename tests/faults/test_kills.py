@@ -33,7 +33,7 @@ def test_workers_killed_one_after_the_other(
     [
         ("ssd", 1, [("split", 1), ("compute", 4)]),
         ("ssd", 2, [("push", 2), ("commit", 6)]),
-        ("ssd", 2, [("commit", 3), ("aggregate", 4)]),
+        pytest.param("ssd", 2, [("commit", 3), ("aggregate", 4)], marks=pytest.mark.slow),
         pytest.param("fcn", 2, [("update", 2), ("pull", 4)], marks=pytest.mark.slow),
     ],
 )
