@@ -15,13 +15,14 @@ from torch.utils.data import Dataset
 
 from cluster.config import Seat
 from cluster.place import Place, place_of_process
-from cluster.ray_transport import POLL_S, WireArrival, WireBatch, WirePush, crc32_of, from_wire
+from cluster.ray_transport import POLL_S, WireArrival, WireBatch, WirePush, from_wire
 from cluster.rounding import Rounding
 from cluster.route import route
 from models.options import TaskOptions
 from models.registry import TaskSource, build_task
 from models.task import Sample
 from paramserver.arena import Arena
+from paramserver.checksums import crc32_of
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.error_feedback import ErrorFeedback
 from paramserver.errors import ServerLost, StaleContribution, StepTimeout

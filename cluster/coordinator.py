@@ -18,7 +18,7 @@ import ray.exceptions
 
 from cluster.config import ClusterConfig
 from cluster.crew import Crew
-from cluster.events import Event
+from cluster.events import Event, Process
 from cluster.members import Member
 from cluster.placement import resources
 from cluster.reports import Merger
@@ -49,7 +49,7 @@ class Coordinator:
         partition: of the task's model.
         state: what the run starts from.
         restore: the newest state that was saved, for when a server is lost with its memory.
-        on_event: called with whatever happens to the membership.
+        on_event: called with whatever happens to the membership, and with what runs then.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Coordinator:
         partition: Partition,
         state: State,
         restore: Callable[[], State] | None = None,
-        on_event: Callable[[Event], None] = lambda _: None,
+        on_event: Callable[[Event, list[Process]], None] = lambda *_: None,
     ) -> None:
         self._config = config
-        self._crew = Crew(source, config, partition, state, restore or (lambda: state), on_event)
-        self._on_event = on_event
+        self._on_event: Callable[[Event], None] = lambda event: on_event(event, self.processes)
+        self._crew = Crew(source, config, partition, state, restore or (lambda: state), self._on_event)
         self._streams: dict[Any, tuple[int, Member]] = {}
         self._merger = Merger(MinibatchPlan(config.worker.plan, config.num_samples), state.version)
         self._quiet_since = time.monotonic()
@@ -83,9 +83,9 @@ class Coordinator:
         self._crew.close()
 
     @property
-    def members(self) -> Any:
-        """The run's processes; see ``Members``."""
-        return self._crew.members
+    def processes(self) -> list[Process]:
+        """Whatever runs now."""
+        return self._crew.members.processes()
 
     def start(self) -> None:
         """Wait until every actor has its place and its model, and see that all devices are of one kind.

@@ -1,12 +1,21 @@
-"""What happens to the membership of a run, for whoever watches it."""
+"""Who belongs to a run, and what happens to them, for whoever watches it. Imports neither torch nor ray."""
 
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-__all__ = ["Event"]
+__all__ = ["Event", "Process"]
 
 Kind = Literal["lost", "replaced", "joined", "left", "recovered", "restored", "dropped"]
+
+
+class Process(NamedTuple):
+    """A live process of a run, as processes.json has it."""
+
+    role: str
+    index: int  # type: ignore[assignment]  # tuple has a method of that name, which nobody calls here
+    pid: int
+    node: str
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,19 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.events import Process
 from cluster.place import Place, machine
 
-__all__ = ["Member", "Members", "ProcessRow", "Role"]
+__all__ = ["Member", "Members", "Role"]
 
 Role = Literal["server", "worker", "relay", "spare", "replica"]
 
 _END_S = 5.0
-
-
-class ProcessRow(NamedTuple):
-    """A live process of a run, as processes.json has it."""
-
-    role: str
-    index: int  # type: ignore[assignment]  # tuple has a method of that name, which nobody calls here
-    pid: int
-    node: str
 
 
 @dataclass(eq=False)
@@ -124,11 +116,11 @@ class Members:
             member.end()
             member.close()
 
-    def processes(self) -> list[ProcessRow]:
+    def processes(self) -> list[Process]:
         """Rows of processes.json: whatever runs, and this process, the driver."""
-        rows = [ProcessRow("driver", 0, os.getpid(), "local")]
+        rows = [Process("driver", 0, os.getpid(), "local")]
         for role in ("server", "worker", "relay", "spare", "replica"):
-            rows += [ProcessRow(role, m.number, m.place.pid, m.place.node) for m in self.of(role) if m.place]
+            rows += [Process(role, m.number, m.place.pid, m.place.node) for m in self.of(role) if m.place]
         return rows
 
     def __iter__(self) -> Iterator[Member]:

@@ -1,7 +1,6 @@
 """Transport between a worker actor and server actors: Ray calls, tensors as zero-copy NumPy arrays in its store."""
 
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,13 +9,14 @@ import ray.exceptions
 import torch
 from torch import Tensor
 
+from paramserver.checksums import crc32_of
 from paramserver.error_feedback import ErrorFeedback
 from paramserver.errors import CorruptTransfer, ServerLost, StepTimeout
 from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Hello, Push
 from paramserver.partition import Slice
 
-__all__ = ["POLL_S", "RayTransport", "WireArrival", "WireBatch", "WirePush", "crc32_of", "from_wire", "to_wire"]
+__all__ = ["POLL_S", "RayTransport", "WireArrival", "WireBatch", "WirePush", "from_wire", "to_wire"]
 
 _LOOK_S = 1.0
 """How often a wait looks at pushes that were sent meanwhile."""
@@ -32,19 +32,16 @@ _UNDER_WAY_BYTES = 8 << 20
 while others go up (8 MiB take 70 ms at 1 Gb/s)."""
 
 
-NO_CHECKSUMS: Mapping[int, int] = {}
-
-
 class WirePush(NamedTuple):
     """A push as it travels: NumPy arrays, which Ray copies once, where it copies tensors twice."""
 
     push: Push
     """Without its slices."""
     slices: dict[int, Any]
+    checksums: Mapping[int, int]
+    """CRC-32 of each array."""
     rounded_to: str | None = None
     """``bfloat16`` or ``float16``, whose bits the int16 arrays among the slices hold: NumPy does not know the first."""
-    checksums: Mapping[int, int] = NO_CHECKSUMS
-    """CRC-32 of each array."""
 
 
 def to_wire(push: Push, feedback: ErrorFeedback | None = None) -> WirePush:
@@ -56,7 +53,7 @@ def to_wire(push: Push, feedback: ErrorFeedback | None = None) -> WirePush:
     }
     bare = push._replace(slices={}, integers=IntegerBlock.pack(push.integers))
     checksums = {index: crc32_of(array) for index, array in slices.items()}
-    return WirePush(bare, slices, None if feedback is None else str(feedback.dtype).removeprefix("torch."), checksums)
+    return WirePush(bare, slices, checksums, None if feedback is None else str(feedback.dtype).removeprefix("torch."))
 
 
 def from_wire(wire: WirePush) -> Push:
@@ -70,11 +67,6 @@ def from_wire(wire: WirePush) -> Push:
     for index, array in wire.slices.items():
         _check(array, wire.checksums[index], f"push of worker {wire.push.worker} for step {wire.push.step}", index)
     return wire.push._replace(slices={index: _widened(value, wire) for index, value in wire.slices.items()})
-
-
-def crc32_of(array: Any) -> int:
-    """CRC-32 of a contiguous NumPy array's bytes."""
-    return zlib.crc32(array)
 
 
 def _check(array: Any, wanted: int, what: str, index: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cluster.config import TransportName
+from cluster.events import Event, Process
 from launch.recorder import read_steps
 from launch.resolve import Resolved
 from launch.signals import stop_on_sigterm
@@ -19,28 +20,13 @@ from workers.faults import NO_FAULTS, Faults
 from workers.process_group import process_group, torchrun_rank
 from workers.report import EvaluationReport, StepReport
 
-__all__ = ["Process", "Running", "drive", "idle_cores", "param_server_session"]
+__all__ = ["Running", "drive", "idle_cores", "param_server_session"]
+
+OnEvent = Callable[[Event, list[Process]], None]
 
 _MIB = 1 << 20
 _DDP_TIMEOUT_S = 300.0
 """A process group's timeout is fixed when it is made, before anybody knows how long a step takes."""
-
-
-class Process(NamedTuple):
-    """A live process of a run, as processes.json has it."""
-
-    role: str
-    index: int  # type: ignore[assignment]  # tuple has a method of that name, which nobody calls here
-    pid: int
-    node: str
-
-
-class Incident(NamedTuple):
-    """Something that happened to the membership of a run."""
-
-    text: str
-    row: dict[str, Any]
-    """For events.jsonl."""
 
 
 class Running(NamedTuple):
@@ -50,8 +36,8 @@ class Running(NamedTuple):
     """Committed steps and evaluations, in order; read it to the end."""
     state_at: Callable[[int], State]
     """Reads the version just reported, if it is one that checkpoints are due at, or the last one."""
-    processes: Callable[[], list[Process]]
-    """Whatever runs now."""
+    processes: list[Process]
+    """What runs at the start."""
     notices: tuple[str, ...] = ()
     """What the user should know before the first step, a line each."""
 
@@ -62,7 +48,7 @@ def drive(
     *,
     in_session: bool = False,
     restore: Callable[[], State | None] = lambda: None,
-    on_incident: Callable[[Incident], None] = lambda _: None,
+    on_event: OnEvent = lambda *_: None,
     faults: Faults = NO_FAULTS,
 ) -> AbstractContextManager[Running]:
     """Start a run on its backend; leaving the context stops whatever was started.
@@ -72,11 +58,11 @@ def drive(
         resume: state to go on from, or None.
         in_session: whether the caller keeps a Ray session (``param_server_session``) for several runs.
         restore: the newest state that was saved, if any was, for when a server is lost with its memory.
-        on_incident: called when processes of the run die or are replaced.
+        on_event: called when processes of the run die or are replaced, with what runs then.
         faults: what is to happen to it.
     """
     if run.config.backend == "ps":
-        return _param_server(run, resume, restore, on_incident, faults, in_session=in_session)
+        return _param_server(run, resume, restore, on_event, faults, in_session=in_session)
     return _ddp(run, resume) if run.config.backend == "ddp" else _single(run, resume)
 
 
@@ -85,7 +71,7 @@ def _single(run: Resolved, resume: State | None) -> Iterator[Running]:
     with stop_on_sigterm() as stop:
         worker, backend = build_single_worker(run.task, run.worker, run.optimizer, run.servers, stop, resume)
         processes = [Process(role, 0, os.getpid(), "local") for role in ("driver", "worker")]
-        yield Running(worker.run(), lambda _: backend.state(), lambda: processes)
+        yield Running(worker.run(), lambda _: backend.state(), processes)
 
 
 @contextmanager
@@ -99,7 +85,7 @@ def _ddp(run: Resolved, resume: State | None) -> Iterator[Running]:
     ):
         worker, backend = build_ddp_worker(run.task, config, run.optimizer, run.servers, stop, resume)
         processes = [Process("worker", index, pid, "local") for index, pid in enumerate(backend.gather_pids())]
-        yield Running(worker.run(), lambda _: backend.state(), lambda: processes)
+        yield Running(worker.run(), lambda _: backend.state(), processes)
 
 
 def param_server_session(
@@ -125,7 +111,7 @@ def _param_server(
     run: Resolved,
     resume: State | None,
     restore: Callable[[], State | None],
-    on_incident: Callable[[Incident], None],
+    on_event: OnEvent,
     faults: Faults,
     *,
     in_session: bool,
@@ -171,12 +157,12 @@ def _param_server(
             parts.partition,
             initial,
             restore=lambda: restore() or initial,
-            on_event=lambda event: on_incident(Incident(event.text, event.row())),
+            on_event=on_event,
         ) as coordinator:
             coordinator.start()
             yield Running(
                 coordinator.run(stop),
                 lambda version: coordinator.state(version, release=version in held),
-                lambda: [Process(*row) for row in coordinator.members.processes()],
+                coordinator.processes,
                 tuple(coordinator.notices),
             )

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from cluster.events import Event, Process
 from launch.config import RunConfig
 from launch.console import RunConsole, as_note, start_block
-from launch.drivers import Incident, Running, drive
+from launch.drivers import drive
 from launch.environment import environment
 from launch.fault_file import read_faults
 from launch.recorder import Recorder
@@ -150,28 +151,29 @@ def _record(
     rank = torchrun_rank() if run.config.backend == "ddp" else None
     last = resume.version if resume else 0
 
-    def take_down(incident: Incident) -> None:
-        console.say(as_note(incident.text))
-        folder.append("events.jsonl", incident.row)
-        if started:
-            folder.write("processes.json", [process._asdict() for process in started[0].processes()])
+    def take_down(event: Event, processes: list[Process]) -> None:
+        console.say(as_note(event.text))
+        folder.append("events.jsonl", event.row())
+        _write_processes(folder, processes)
 
-    started: list[Running] = []
     restore = partial(_newest_saved, run, folder)
     faults = read_faults(run.config.faults, folder.path)
-    with drive(run, resume, in_session=in_session, restore=restore, on_incident=take_down, faults=faults) as running:
-        started.append(running)
+    with drive(run, resume, in_session=in_session, restore=restore, on_event=take_down, faults=faults) as running:
         if rank is not None and rank.rank != 0:
             last = max((report.step for report in running.reports), default=last)
             return {}, last < run.worker.plan.steps
         for notice in running.notices:
             console.say(as_note(notice))
-        folder.write("processes.json", [process._asdict() for process in running.processes()])
+        _write_processes(folder, running.processes)
         recorder = Recorder(run, folder, console, running.state_at)
         for report in running.reports:
             recorder.take(report)
             last = report.step
         return recorder.finish(running.state_at(last)), last < run.worker.plan.steps
+
+
+def _write_processes(folder: RunFolder, processes: list[Process]) -> None:
+    folder.write("processes.json", [process._asdict() for process in processes])
 
 
 def _newest_saved(run: Resolved, folder: RunFolder) -> State | None:

@@ -2,22 +2,22 @@
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from paramserver.errors import ReplicaMismatch
 from paramserver.partition import Partition, Slice
 
-__all__ = ["Checksums", "checksums_of", "verify"]
+__all__ = ["Checksums", "checksums_of", "crc32_of", "verify"]
 
 Checksums = tuple[tuple[int, tuple[int, ...]], ...]
 """For each slice its index, and the CRC-32 of each key's piece in it, in key order."""
 
 
-def _checksum(values: Tensor) -> int:
-    """CRC-32 of a dense CPU tensor's bytes."""
-    return zlib.crc32(memoryview(values.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+def crc32_of(array: Any) -> int:
+    """CRC-32 of a contiguous NumPy array's bytes."""
+    return zlib.crc32(array)
 
 
 def checksums_of(partition: Partition, flat: Tensor, pieces: Sequence[Slice]) -> Checksums:
@@ -26,7 +26,7 @@ def checksums_of(partition: Partition, flat: Tensor, pieces: Sequence[Slice]) ->
         (
             piece.index,
             tuple(
-                _checksum(flat[piece.start + first : piece.start + last])
+                crc32_of(flat[piece.start + first : piece.start + last].numpy())
                 for _, first, last in partition.pieces[piece.index]
             ),
         )
