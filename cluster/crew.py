@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import ray
 import ray.exceptions
 
-from cluster.actors import ServerStatus
 from cluster.config import ClusterConfig, Seat
 from cluster.events import Event
 from cluster.members import Member, Members
 from cluster.place import Place
 from cluster.placement import check_room
 from cluster.rounding import Rounding, Roundings
+from cluster.server_actor import ServerStatus
 from cluster.starter import Starter
 from models.registry import TaskSource
 from paramserver.errors import ReplicaMismatch, ServerLost, WorkerLost

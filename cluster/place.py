@@ -1,13 +1,16 @@
-"""Where a process runs."""
+"""Where an actor's process runs, and what it does first."""
 
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 
-__all__ = ["Place", "machine", "place_of_process"]
+from workers.install import check_install
+
+__all__ = ["Place", "machine", "place_of_process", "prepare_process"]
 
 
 class Place(NamedTuple):
@@ -31,3 +34,10 @@ def machine() -> str:
     """The running system and its namespace of pids: simulated nodes share them, containers do not."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def prepare_process() -> None:
+    """What every actor does first."""
+    check_install()
+    # Arrays out of Ray's store are read-only; we never write them.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

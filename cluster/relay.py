@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from cluster.actors import prepare_process
-from cluster.place import Place, place_of_process
+from cluster.place import Place, place_of_process, prepare_process
 from cluster.ray_transport import RayTransport
 from cluster.rounding import Rounding
 from paramserver.error_feedback import ErrorFeedback

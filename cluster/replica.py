@@ -1,7 +1,6 @@
 """An actor on another node that has each committed version of some servers, too: for when a node is lost."""
 
-from cluster.actors import prepare_process
-from cluster.place import Place, place_of_process
+from cluster.place import Place, place_of_process, prepare_process
 from paramserver.errors import VersionGone
 from paramserver.messages import Commit
 from paramserver.state import ServerSnapshot

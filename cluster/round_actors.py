@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.actors import prepare_process
-from cluster.place import Place, place_of_process
+from cluster.place import Place, place_of_process, prepare_process
 from cluster.route import route
 from models.options import TaskOptions
 from models.registry import TaskSource, build_task

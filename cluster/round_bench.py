@@ -9,8 +9,8 @@ from typing import Any
 import ray
 import torch
 
-from cluster.actors import ServerActor
 from cluster.round_actors import ExampleServer, RoundConfig, RoundWorker, build_round_model
+from cluster.server_actor import ServerActor
 from paramserver.state import State
 from workers.replica import describe_model
 from workers.rounds import limit_round, timed

@@ -6,10 +6,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.actors import ServerActor, WorkerActor
 from cluster.config import ClusterConfig
 from cluster.relay import RelayActor
 from cluster.replica import ReplicaActor
+from cluster.server_actor import ServerActor
+from cluster.worker_actor import WorkerActor
 from models.registry import TaskSource
 from paramserver.partition import Partition
 from paramserver.state import State

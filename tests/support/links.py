@@ -63,7 +63,7 @@ class RayLink(Link):
     def __init__(self, num_servers: int) -> None:
         import ray
 
-        from cluster.actors import ServerActor
+        from cluster.server_actor import ServerActor
 
         fleet = Fleet({}, num_servers=num_servers)
         actor = ray.remote(ServerActor).options(num_cpus=1, max_restarts=0, max_task_retries=0)
@@ -78,7 +78,7 @@ class RayLink(Link):
         """See ``Link.start``."""
         import ray
 
-        from cluster.actors import ServerActor
+        from cluster.server_actor import ServerActor
 
         ray.get([actor.close.remote() for actor in self._used], timeout=60)
         self._transports: list[Any] = []

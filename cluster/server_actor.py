@@ -1,9 +1,8 @@
-"""Ray actors: thin shells around the plain classes. Imported after Ray was started."""
+"""The Ray actor of a server: a thin shell around the plain classes. Imported after Ray was started."""
 
 import asyncio
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,20 +10,12 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 import ray.exceptions
 import torch
-from torch.utils.data import Dataset
 
-from cluster.config import Seat
-from cluster.place import Place, place_of_process
+from cluster.place import Place, place_of_process, prepare_process
 from cluster.ray_transport import POLL_S, WireArrival, WireBatch, WirePush, from_wire
-from cluster.rounding import Rounding
-from cluster.route import route
-from models.options import TaskOptions
-from models.registry import TaskSource, build_task
-from models.task import Sample
 from paramserver.arena import Arena
 from paramserver.checksums import crc32_of
-from paramserver.config import OptimizerConfig, ServerConfig
-from paramserver.error_feedback import ErrorFeedback
+from paramserver.config import OptimizerConfig
 from paramserver.errors import ServerLost, StaleContribution, StepTimeout
 from paramserver.messages import Commit, Decision, Hello, Report
 from paramserver.partition import Partition, Slice
@@ -36,14 +27,9 @@ from paramserver.transport.hub import Hub
 from paramserver.transport.keeper import Keeper, claim
 from paramserver.transport.versions import VersionsArena, share_versions
 from paramserver.vote import decide
-from workers.assembly import build_param_server_worker, build_parts
-from workers.config import WorkerConfig
-from workers.device import device_kind
 from workers.faults import NO_FAULTS, Faults, Observer
-from workers.install import check_install
-from workers.report import EvaluationReport, StepReport
 
-__all__ = ["ServerActor", "ServerStatus", "WorkerActor", "prepare_process"]
+__all__ = ["ServerActor", "ServerStatus"]
 
 T = TypeVar("T")
 
@@ -62,22 +48,6 @@ class ServerStatus(NamedTuple):
     """Its commit; None if the run started from it."""
     recent: tuple[Commit, ...]
     """Commits of this process, as far as they are kept."""
-
-
-def _gpu_index(config: WorkerConfig) -> int:
-    """Which GPU this actor computes on: the one Ray gave it, or in turn where they are shared."""
-    count = torch.cuda.device_count() if config.device == "cuda" else 0
-    if count < 2:  # a cluster that masks GPUs shows the actor its own one alone
-        return 0
-    given = ray.get_gpu_ids()
-    return int(given[0]) if given else config.worker % count
-
-
-def prepare_process() -> None:
-    """What every actor does first."""
-    check_install()
-    # Arrays out of Ray's store are read-only; we never write them.
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 class ServerActor:
@@ -400,77 +370,3 @@ class ServerActor:
     async def close(self) -> None:
         """Stop serving."""
         self._hub.close()
-
-
-class WorkerActor:
-    """A process that trains: built in two steps, since its servers are started from the same model."""
-
-    def __init__(
-        self,
-        source: TaskSource,
-        options: TaskOptions,
-        config: WorkerConfig,
-        optimizer: OptimizerConfig,
-        servers: ServerConfig,
-        arena_dir: str,
-        faults: Faults = NO_FAULTS,
-    ) -> None:
-        prepare_process()
-        self._faults = faults
-        self._arena_dir = Path(arena_dir)
-        self._task = build_task(source, options)
-        self._config = replace(config, device_index=_gpu_index(config))
-        # Not the initial state, which the servers have: it is as large as the model.
-        self._replica = build_parts(self._task, self._config, optimizer, servers).replica
-        self._dataset: Dataset[Sample] | None = None
-
-    def place(self) -> Place:
-        """Where this worker runs, and what kind of device it is."""
-        return place_of_process(device_kind(self._config))
-
-    def run(
-        self,
-        seat: Seat,
-        servers: Sequence[Any],
-        addresses: Mapping[int, Address],
-        rounding: Rounding | None = None,
-        *,
-        evaluate: bool = False,
-        train: bool = True,
-    ) -> Iterator[StepReport | EvaluationReport]:
-        """Train until the run ends or the membership changes; may be called again then.
-
-        A streaming generator, so that the worker never waits for who reads it.
-
-        Args:
-            seat: this worker's place among those that compute.
-            servers: handles of all servers.
-            addresses: where each is reached by shared memory, itself or a relay; empty if Ray is to carry everything.
-            rounding: how contributions are rounded that Ray carries, if they are.
-            evaluate: see ``Worker.run``.
-            train: see ``Worker.run``.
-        """
-        config = replace(self._config, worker=seat.position, num_workers=seat.of, number=seat.number)
-        partition = self._replica.partition
-        if self._dataset is None:
-            self._dataset = self._task.build_dataset("train")
-        feedback = ErrorFeedback(rounding.precision, partition, rounding.residuals) if rounding else None
-        transport = route(servers, addresses, partition, self._arena_dir, feedback, config.step_timeout_s)
-        try:
-            faults = self._faults.observer("worker", seat.number)
-            worker, backend = build_param_server_worker(
-                self._task, config, self._replica, transport, self._dataset, faults, seat.generation
-            )
-        except BaseException:
-            transport.close()
-            raise
-        held = frozenset(rounding.held_versions if rounding else ())
-        try:
-            for report in worker.run(evaluate=evaluate, train=train):
-                # This actor answers no calls before its last step: a checkpoint's residuals come with the report.
-                if feedback and isinstance(report, StepReport) and (report.stop or report.step in held):
-                    yield replace(report, residuals=feedback.residuals(report.step))
-                else:
-                    yield report
-        finally:
-            backend.close()
