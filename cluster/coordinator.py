@@ -73,7 +73,6 @@ class Coordinator:
         self._least = 0
         """Workers that the next generation waits for."""
         self._attempts = 0
-        self.notices = self._crew.notices
 
     def __enter__(self) -> "Coordinator":
         return self
@@ -81,6 +80,11 @@ class Coordinator:
     def __exit__(self, *_: object) -> None:
         self._streams.clear()
         self._crew.close()
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user should know of how the run is spread, once it is started."""
+        return self._crew.notices
 
     @property
     def processes(self) -> list[Process]:
@@ -97,21 +101,21 @@ class Coordinator:
         """
         deadline = time.monotonic() + self._config.start_timeout_s
         for member in self._crew.begin():
-            self._crew.placed(member, self._started(member, member.actor.place.remote(), deadline))
+            self._await(member, deadline)
         self._crew.settle()
         try:
-            self._crew.open_servers()
+            self._crew.servers.open()
             self._crew.group()
         except ray.exceptions.RayError as error:
             raise _cause(error) or ServerLost(f"a server died at the start: {error}") from None
 
-    def _started(self, member: Member, reference: Any, deadline: float) -> Any:
+    def _await(self, member: Member, deadline: float) -> None:
         try:
-            return ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
+            self._crew.members.await_place(member, deadline - time.monotonic())
         except ray.exceptions.GetTimeoutError:
             raise StepTimeout(
                 f"{member} was not started within {self._config.start_timeout_s:.0f} s: "
-                f"the cluster has {resources(ray.clusterresources())}, free are {resources(ray.availableresources())}"
+                f"the cluster has {resources(ray.cluster_resources())}, free are {resources(ray.available_resources())}"
             ) from None
         except ray.exceptions.RayError as error:
             raise _cause(error) or _lost(member) from None
@@ -161,8 +165,8 @@ class Coordinator:
         self._attempts = 0
         if whole.step_ms == whole.step_ms:  # not NaN: somebody lives to tell
             self._step_s.append(1e-3 * whole.step_ms)
-        if (lost_at := self._crew.lost_at) is not None and whole.commit.generation == self._crew.generation:
-            self._crew.lost_at = None
+        if (lost_at := self._crew.members.lost_at) is not None and whole.commit.generation == self._crew.generation:
+            self._crew.members.lost_at = None
             seconds = time.monotonic() - lost_at
             text = f"step {whole.step} was committed {seconds:.1f} s after the loss"
             self._on_event(Event("recovered", text, step=whole.step, seconds=seconds))
@@ -173,10 +177,10 @@ class Coordinator:
     def _ask_for_changes(self, stop_requested: Callable[[], bool]) -> None:
         if not self._stopping and stop_requested():
             self._stopping = True
-            self._crew.request("request_stop")
+            self._crew.servers.request("request_stop")
         if self._crew.wants_change and not self._leaving:
             self._leaving = True
-            self._crew.request("request_leave")
+            self._crew.servers.request("request_leave")
 
     def scale(self, workers: int, *, wait: bool = False) -> None:
         """Change how many workers there should be; who comes or goes does so between two steps.
@@ -190,24 +194,24 @@ class Coordinator:
         if wait and not self._leaving:
             self._leaving = True
             self._least = workers
-            self._crew.request("request_leave")
+            self._crew.servers.request("request_leave")
 
     def _deal(self) -> None:
         """Give each worker its microbatches and let it go on from the committed version."""
-        crew, version = self._crew, self._crew.version
+        crew, version = self._crew, self._crew.servers.version
         plan = self._config.worker.plan
-        self._merger.learn(crew.commits)
-        ended = version == plan.steps or (crew.last is not None and crew.last.stop)
+        self._merger.learn(crew.servers.commits)
+        ended = version == plan.steps or (crew.servers.last is not None and crew.servers.last.stop)
         evaluate = self._owes_evaluation(version, ended=ended)
         seats = crew.dealt if evaluate or not ended else []
         self._merger.begin(crew.generation, version, {dealt.seat.number: dealt.run for dealt in seats})
         for member, seat, _, addresses, rounding in seats:
             stream = member.actor.run.options(num_returns="streaming").remote(
-                seat, crew.server_actors, addresses, rounding, evaluate=evaluate, train=not ended
+                seat, crew.servers.actors, addresses, rounding, evaluate=evaluate, train=not ended
             )
             self._streams[stream] = (crew.generation, member)
         if self._stopping and not ended:
-            crew.request("request_stop")
+            crew.servers.request("request_stop")
         self._leaving = False
         self._least = 0
         self._quiet_since = time.monotonic()

@@ -4,7 +4,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["Event", "Process"]
+__all__ = ["Event", "Kind", "Process"]
 
 Kind = Literal["lost", "replaced", "joined", "left", "recovered", "restored", "dropped"]
 

@@ -4,15 +4,17 @@ import contextlib
 import os
 import select
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.events import Process
+from cluster.events import Event, Kind, Process
 from cluster.place import Place, machine
 
 __all__ = ["Member", "Members", "Role"]
@@ -34,12 +36,18 @@ class Member:
     """Where it runs, once it does."""
     pidfd: int = -1
 
+    @property
+    def node(self) -> str:
+        """Ray's id of the node that it runs on."""
+        assert self.place is not None
+        return self.place.node
+
     def __str__(self) -> str:
         where = f" (pid {self.place.pid} on {self.place.host})" if self.place else ""
         return f"{self.role} {self.number}{where}"
 
     def end(self) -> None:
-        """Kill it, even if it is stopped, and see it gone where that can be seen."""
+        """Kill it, even if it is stopped, and see it gone: nobody may take its place while it could still write."""
         with contextlib.suppress(Exception):  # Ray says in many ways that it is dead already
             ray.kill(self.actor)
         if self.place is None:
@@ -51,7 +59,8 @@ class Member:
         else:
             pinned = NodeAffinitySchedulingStrategy(self.place.node, soft=False)
             with contextlib.suppress(Exception):
-                ray.remote(_kill).options(num_cpus=0, scheduling_strategy=pinned).remote(self.place.pid)
+                killed = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=pinned).remote(self.place.pid)
+                ray.get(killed, timeout=_END_S)
 
     def close(self) -> None:
         """Forget its process."""
@@ -63,20 +72,45 @@ class Member:
 def _kill(pid: int) -> None:
     # Only what Ray started: the number may be another process's by now.
     if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():
-        os.kill(pid, signal.SIGKILL)
+        process = os.pidfd_open(pid)
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        select.select([process], [], [], _END_S)
+        os.close(process)
 
 
 class Members:
-    """All actors of a run by role and number; ``close`` ends them."""
+    """All actors of a run by role and number; ``close`` ends them.
 
-    def __init__(self) -> None:
+    Args:
+        on_event: called with whatever happens to them.
+    """
+
+    def __init__(self, on_event: Callable[[Event], None]) -> None:
+        self._on_event = on_event
         self._members: list[Member] = []
+        self.lost_at: float | None = None
+        """When a worker or server was lost last; set to None once that is made good."""
         self._machine = machine()
 
-    def add(self, role: Role, number: int, actor: Any) -> Member:
-        """An actor that was asked for; it has no place yet."""
+    def add(self, role: Role, number: int | None, actor: Any) -> Member:
+        """An actor that was asked for; it has no place yet. None gives it the next number of its role."""
+        if number is None:
+            number = 1 + max((member.number for member in self._members if member.role == role), default=-1)
         member = Member(role, number, actor)
         self._members.append(member)
+        return member
+
+    def await_place(self, member: Member, timeout_s: float) -> Member:
+        """Wait until an actor runs; one that does not is removed again.
+
+        Raises:
+            ray.exceptions.RayError: if it died, raised, or found no place in time.
+        """
+        try:
+            self.put(member, ray.get(member.actor.place.remote(), timeout=max(0.0, timeout_s)))
+        except ray.exceptions.RayError:
+            self.remove(member)
+            raise
         return member
 
     def put(self, member: Member, place: Place) -> None:
@@ -108,6 +142,22 @@ class Members:
             poll.register(member.pidfd, select.POLLIN)
         ended = {descriptor for descriptor, _ in poll.poll(0)}
         return [member for member in watched if member.pidfd in ended]
+
+    def tell(self, kind: Kind, text: str, member: Member | None = None, step: int | None = None) -> None:
+        """Something has happened, to a member or to all."""
+        about: dict[str, Any] = {} if member is None else {"role": member.role, "number": member.number}
+        if member is not None and member.place is not None:
+            about |= {"pid": member.place.pid, "host": member.place.host}
+        self._on_event(Event(kind, text, step=step, **about))
+
+    def bury(self, member: Member, how: str, step: int) -> None:
+        """Somebody is dead, or taken for dead: end it and forget it."""
+        if member not in self._members:
+            return
+        if member.role in ("worker", "server"):
+            self.lost_at = time.monotonic()
+        self.remove(member)
+        self.tell("lost", f"{member} {how} in step {step}", member, step)
 
     def remove(self, member: Member) -> None:
         """End an actor and forget it."""
