@@ -57,7 +57,8 @@ class ClusterConfig:
     num_samples: int = 0
     """Size of the training set."""
     spares: int = 1
-    """Processes that stand by on each node with servers, to go on from the memory of one that dies."""
+    """Processes that stand by: on each node with servers, to go on from the memory of one that dies, and on CPUs to
+    take the place of a worker."""
     replicas: int = 0
     """1: each server's committed versions are kept on another node, too."""
     min_workers: int = 1

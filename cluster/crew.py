@@ -28,7 +28,9 @@ from workers.timing import stage_of
 __all__ = ["Crew", "Dealt"]
 
 _START_TRIES = 3
-"""How often in a row a replacement may die before it has had work."""
+"""How often in a row a replacement or a spare may die before it has had work."""
+_ROOM_POLL_S = 1.0
+"""Between two looks at whether the cluster has room for a spare."""
 
 
 class Dealt(NamedTuple):
@@ -76,7 +78,11 @@ class Crew:
         """Reference of an actor's place, with the deadline, for each that is being started."""
         self.newcomers: set[Member] = set()
         """Workers that run and have no work yet."""
+        self._kind: dict[str, Any] = {}
+        """Of the first worker's device."""
         self._tries: dict[int, int] = {}
+        self._spare_tries = 0
+        self._room_looked_at = 0.0
         self.generation = -1
         self.dealt: list[Dealt] = []
         self._notices: list[str] = []
@@ -115,14 +121,14 @@ class Crew:
         return sorted(ordered, key=lambda member: (nodes.index(member.node), member.number))
 
     def _check_kind(self, member: Member) -> None:
-        first = self.members.of("worker")[0]
         assert member.place is not None
-        assert first.place is not None
-        for name, value in (member.place.device_kind or {}).items():
-            known = (first.place.device_kind or {}).get(name)
+        kind = member.place.device_kind or {}
+        self._kind = self._kind or kind
+        for name, value in kind.items():
+            known = self._kind.get(name)
             if value != known:
                 raise ReplicaMismatch(
-                    f"worker {member.number} has {name} {value!r}, worker {first.number} has {known!r}: "
+                    f"{member} has {name} {value!r}, the first worker has {known!r}: "
                     "all devices of a run must be of one kind, or their bits differ"
                 )
 
@@ -239,7 +245,8 @@ class Crew:
         fallen = self.members.fallen()
         for member in fallen:
             self.members.bury(member, "died", step)
-        needed = any(member.role != "spare" and member not in self.newcomers for member in fallen)
+        waiting = ("spare", "spare-worker")
+        needed = any(member.role not in waiting and member not in self.newcomers for member in fallen)
         self.newcomers.difference_update(fallen)
         return needed
 
@@ -293,9 +300,41 @@ class Crew:
     # -- those who come ----------------------------------------------------------------------------------------------
 
     def begin_spares(self) -> None:
-        """See that servers have somebody who stands by."""
+        """See that servers and workers have somebody who stands by."""
         for spare in self.servers.new_spares():
             self._start(spare)
+        if self._wants_spare_worker():
+            self._spare_tries += 1
+            self._start(self.members.add("spare-worker", None, self._starter.worker(self.target)))
+
+    def _wants_spare_worker(self) -> bool:
+        """On processors alone: a GPU that stands by would be one that does not work."""
+        config = self._config
+        present = sum(member.role == "spare-worker" for member in self.members)
+        if (config.worker.device == "cuda" and not config.share_device) or present >= config.spares:
+            return False
+        now = time.monotonic()
+        if self._missing() or self._spare_tries >= _START_TRIES or now - self._room_looked_at < _ROOM_POLL_S:
+            return False
+        self._room_looked_at = now
+        # Never one that waits for room: it would take that of the next worker that dies.
+        return bool(ray.available_resources().get("CPU", 0) >= 1)
+
+    def _missing(self) -> list[int]:
+        """Numbers of workers that do not run."""
+        present = {member.number for member in self.members.of("worker")}
+        return [number for number in range(self.target) if number not in present]
+
+    def fill_from_spares(self) -> list[Member]:
+        """Let those who stand by take the places of missing workers; gives them."""
+        filled = []
+        for number, spare in zip(self._missing(), self.members.of("spare-worker"), strict=False):
+            for late in [member for member in self.members if member.role == "worker" and member.number == number]:
+                self.members.remove(late)  # it is being started still
+            spare.role, spare.number = "worker", number
+            self.members.tell("replaced", f"{spare}, which stood by, takes its share", spare)
+            filled.append(spare)
+        return filled
 
     def _start(self, member: Member) -> None:
         deadline = time.monotonic() + self._config.start_timeout_s
@@ -307,20 +346,24 @@ class Crew:
         if member not in self.members:
             return
         try:
-            place = ray.get(reference)
-        except ray.exceptions.RayError as error:
+            self.members.put(member, ray.get(reference))
+            if member.role != "spare":
+                self._check_kind(member)
+        except (ray.exceptions.RayError, ReplicaMismatch) as error:
             self.members.remove(member)
             self.members.tell("lost", f"{member} could not be started: {str(error).splitlines()[0]}", member)
             return
-        self.members.put(member, place)
+        if member.role == "worker":
+            if member.number < self.target:
+                self.newcomers.add(member)
+            else:  # it is not wanted any more
+                self.members.remove(member)
+            return
         if member.role == "spare":
             self.servers.stand_by(member)
-            return
-        if member.number >= self.target:  # it is not wanted any more
-            self.members.remove(member)
-            return
-        self._check_kind(member)
-        self.newcomers.add(member)
+        else:
+            self._spare_tries = 0
+        self.members.tell("spare", f"{member} stands by", member)
 
     def ensure_workers(self, least: int = 0) -> None:
         """Wait for replacements if there are too few workers to go on.
@@ -331,6 +374,7 @@ class Crew:
         Raises:
             WorkerLost: if too few are left.
         """
+        self.fill_from_spares()
         least = max(least, 1, min(self._config.min_workers, self.target))
         while len(live := self.members.of("worker")) < least:
             self.ask_for_workers()
@@ -347,6 +391,7 @@ class Crew:
 
     def ask_for_workers(self) -> None:
         """Start whoever is missing, in the background."""
+        self.newcomers.update(self.fill_from_spares())
         present = {member.number for member in self.members if member.role == "worker"}
         for number in [number for number in range(self.target) if number not in present]:
             self._tries[number] = self._tries.get(number, 0) + 1

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 __all__ = ["Event", "Kind", "Process"]
 
-Kind = Literal["lost", "replaced", "joined", "left", "recovered", "restored", "dropped"]
+Kind = Literal["lost", "spare", "replaced", "joined", "left", "recovered", "restored", "dropped"]
 
 
 class Process(NamedTuple):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ray
 import ray.exceptions
@@ -19,7 +19,7 @@ from cluster.place import Place, machine
 
 __all__ = ["Member", "Members", "Role"]
 
-Role = Literal["server", "worker", "relay", "spare", "replica"]
+Role = Literal["server", "worker", "relay", "spare", "spare-worker", "replica"]
 
 _END_S = 5.0
 
@@ -169,7 +169,7 @@ class Members:
     def processes(self) -> list[Process]:
         """Rows of processes.json: whatever runs, and this process, the driver."""
         rows = [Process("driver", 0, os.getpid(), "local")]
-        for role in ("server", "worker", "relay", "spare", "replica"):
+        for role in get_args(Role):
             rows += [Process(role, m.number, m.place.pid, m.place.node) for m in self.of(role) if m.place]
         return rows
 

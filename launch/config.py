@@ -122,7 +122,8 @@ class RunConfig:
     """Seconds without a step after which a server or worker is taken for dead (ps) or the run ends (ddp); default: 30,
     or ten median steps if that is more (ps), 300 (ddp)."""
     spares: int = 1
-    """Processes that stand by on each node with servers, to take the place of one that dies (ps)."""
+    """Processes that stand by to take the place of one that dies: so many on each node with servers for those, and, on
+    CPUs, so many for workers (ps)."""
     verify_every: int = 0
     """Steps between comparisons of what each worker holds with what the servers committed (ps); 0: never."""
     fingerprint_every: int = 0

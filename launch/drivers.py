@@ -89,7 +89,12 @@ def _ddp(run: Resolved, resume: State | None) -> Iterator[Running]:
 
 
 def param_server_session(
-    address: str | None, workers: int, servers: int, model_bytes: int, transport: TransportName = "auto"
+    address: str | None,
+    workers: int,
+    servers: int,
+    model_bytes: int,
+    transport: TransportName = "auto",
+    spares: int = 0,
 ) -> Any:
     """A Ray session with room for that many actors and for the tensors that go through its object store."""
     from cluster.session import ray_session
@@ -98,7 +103,8 @@ def param_server_session(
     # and a few versions from every server, which may be on their way at once.
     store = 64 * _MIB + 4 * model_bytes * (2 if transport == "auto" else workers + servers + 2)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ray_session(address=address, num_cpus=workers + servers, num_gpus=gpus, store_bytes=store)
+    num_cpus = workers + spares + servers
+    return ray_session(address=address, num_cpus=num_cpus, num_gpus=gpus, store_bytes=store)
 
 
 def idle_cores(workers: int, servers: int) -> int:
@@ -123,7 +129,7 @@ def _param_server(
     session = (
         nullcontext()
         if in_session
-        else param_server_session(config.address, most, config.servers, model_bytes, config.transport)
+        else param_server_session(config.address, most, config.servers, model_bytes, config.transport, config.spares)
     )
     with session, stop_on_sigterm() as stop:
         from cluster.config import ClusterConfig

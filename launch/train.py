@@ -152,8 +152,9 @@ def _record(
     last = resume.version if resume else 0
 
     def take_down(event: Event, processes: list[Process]) -> None:
-        console.say(as_note(event.text))
-        folder.append("events.jsonl", event.row())
+        if event.kind != "spare":  # that is no more than a change of what runs
+            console.say(as_note(event.text))
+            folder.append("events.jsonl", event.row())
         _write_processes(folder, processes)
 
     restore = partial(_newest_saved, run, folder)

@@ -10,7 +10,7 @@ from tests.support.disturbed import Undisturbed
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    with param_server_session(None, workers=5, servers=3, model_bytes=64 << 20, transport="ray"):
+    with param_server_session(None, workers=6, servers=3, model_bytes=64 << 20, transport="ray"):
         yield
 
 

@@ -1,11 +1,16 @@
 """A worker or a server is killed at any stage of any step: the run ends with the bits of one that nobody disturbed."""
 
+import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.disturbed import Undisturbed, disturbed, kill, lost_in
+from tests.support.disturbed import SETTINGS, Undisturbed, disturbed, kill, ledger_of, lost_in, rows_of
+from tests.support.processes import start
+from tests.support.runs import SMALL, train
 from workers.timing import PHASES
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -67,3 +72,27 @@ def test_every_stage_of_the_first_a_middle_and_the_last_step(
     run = disturbed(tmp_path, task, [kill(role, 0, step, stage)], servers=1 + (task == "ssd"))
     undisturbed.check(task, run)
     assert [(lost, number) for lost, number, _ in lost_in(run.folder)] == [(role, 0)]
+
+
+@pytest.mark.slow
+def test_a_spare_takes_the_place_of_the_only_worker(tmp_path: Path) -> None:
+    """From outside, once the spare stands by; nobody waits for a new process then."""
+    settings = {**SMALL["ssd"], **SETTINGS, "batch_size": 5, "steps": 300}
+    single = train(tmp_path, "single", backend="single", **settings)
+    options = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in settings.items() if name != "task"]
+    folder, victim = tmp_path / "run", None
+    with start("train", "ssd", "--backend=ps", "--workers=1", *options, f"--out={tmp_path}", "--name=run") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            rows = (
+                json.loads((folder / "processes.json").read_text()) if line.startswith("step ") and not victim else []
+            )
+            if any(row["role"] == "spare-worker" for row in rows):
+                victim = next(row["pid"] for row in rows if row["role"] == "worker")
+                os.kill(victim, signal.SIGKILL)
+    assert process.returncode == 0
+    assert victim, "no spare has come before the end"
+    assert [row["kind"] for row in rows_of(folder, "events.jsonl")] == ["lost", "replaced", "recovered"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["state_fingerprint"] == single.summary["state_fingerprint"]
+    assert ledger_of(folder) == ledger_of(single.folder)

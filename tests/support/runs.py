@@ -28,4 +28,5 @@ HARD: dict[str, Any] = {
 
 def train(out: Path, name: str, *, in_session: bool = False, **settings: Any) -> RunResult:
     """Train quietly into ``out/name``."""
-    return run(RunConfig(out=str(out), name=name, **settings), quiet=True, in_session=in_session)
+    spares = settings.pop("spares", 1 if settings.get("faults") else 0)  # they take time to start
+    return run(RunConfig(out=str(out), name=name, spares=spares, **settings), quiet=True, in_session=in_session)
