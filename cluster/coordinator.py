@@ -6,6 +6,7 @@ are dealt anew, and workers go on from the committed version. Since a version do
 bits are those of a run that nobody disturbed.
 """
 
+import contextlib
 import re
 import statistics
 import time
@@ -37,7 +38,9 @@ _LEAST_DEADLINE_S = 30.0
 _DEADLINE_STEPS = 10
 _ANSWER_S = 5.0
 _MAX_ATTEMPTS = 8
-"""Recoveries in a row without a step: whatever kills the members then will kill the next ones, too."""
+"""Recoveries in a row that fail."""
+_MAX_DEATHS = 3
+"""Of the same worker or server in one step."""
 
 
 class Coordinator:
@@ -72,7 +75,8 @@ class Coordinator:
         self._leaving = False
         self._least = 0
         """Workers that the next generation waits for."""
-        self._attempts = 0
+        self._failure: WorkerLost | None = None
+        """Why the run ends, once what is committed has been told."""
 
     def __enter__(self) -> "Coordinator":
         return self
@@ -139,12 +143,14 @@ class Coordinator:
                 yield whole
                 self._quiet_since = time.monotonic()  # whoever reads us may have been writing a checkpoint
             if not self._streams:
+                if self._failure is not None:
+                    raise self._failure
                 if self._merger.stopped:
                     return
                 self._recover()
                 continue
             self._ask_for_changes(stop_requested)
-            if self._crew.bury_fallen(self._merger.emitted + 1):
+            if self._failure is None and self._crew.bury_fallen(self._merger.emitted + 1):
                 self._recover()
                 continue
             ready, _ = ray.wait(
@@ -162,7 +168,7 @@ class Coordinator:
         if not isinstance(whole, StepReport):
             return
         self._crew.roundings.keep(whole)
-        self._attempts = 0
+        self._crew.members.deaths.clear()
         if whole.step_ms == whole.step_ms:  # not NaN: somebody lives to tell
             self._step_s.append(1e-3 * whole.step_ms)
         if (lost_at := self._crew.members.lost_at) is not None and whole.commit.generation == self._crew.generation:
@@ -254,6 +260,8 @@ class Coordinator:
 
     def _check_quiet(self) -> None:
         quiet_s = time.monotonic() - self._quiet_since
+        if self._failure is not None and quiet_s > _ANSWER_S:
+            raise self._failure
         if quiet_s > self._deadline_s():
             self._find_culprit(StepTimeout(f"nothing was heard for {quiet_s:.0f} s, --step-timeout"))
             self._recover()
@@ -289,31 +297,51 @@ class Coordinator:
 
     def _recover(self) -> None:
         """Go on from the committed version with whoever is alive."""
-        while True:
-            self._attempts += 1
+        for left in reversed(range(_MAX_ATTEMPTS)):
             try:
                 self._crew.bury_fallen(self._merger.emitted + 1)
+                self._check_deaths()
                 self._crew.ensure_workers(self._least)
                 self._crew.group()
                 self._deal()
                 self._crew.ask_for_workers()  # not before: what starts takes its time from what all wait for
                 return
-            except (ServerLost, WorkerLost, StaleContribution, StepTimeout) as error:
-                if self._attempts >= _MAX_ATTEMPTS or isinstance(error, WorkerLost):
+            except WorkerLost as error:
+                self._wind_up(error)
+                return
+            except (ServerLost, StaleContribution, StepTimeout):
+                if not left:
                     raise
+
+    def _check_deaths(self) -> None:
+        """Whatever kills the same member again and again will kill the next one, too."""
+        for (role, number), count in self._crew.members.deaths.items():
+            if count > _MAX_DEATHS:
+                raise WorkerLost(
+                    f"{role} {number} died {count} times in step {self._merger.emitted + 1}: "
+                    "see why (its log, memory, the samples of the step), then resume with --resume"
+                )
+
+    def _wind_up(self, error: WorkerLost) -> None:
+        """Nobody can go on: the run ends with the last committed version, of which all is told."""
+        try:
+            self._crew.dismiss()
+        except PushPullError:
+            raise error from None
+        self._merger.learn(self._crew.servers.commits)
+        self._merger.begin(self._crew.generation, self._crew.servers.version, {})
+        self._failure = error
+        self._quiet_since = time.monotonic()
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def state(self, version: int, *, release: bool = False) -> State:
         """A copy of everything at ``version``: the last one, or one that is held (and is given free)."""
-        while True:
-            try:
+        for _ in range(_MAX_ATTEMPTS):
+            with contextlib.suppress(ServerLost):
                 return self._crew.state(version, release=release)
-            except ServerLost:
-                self._attempts += 1
-                if self._attempts >= _MAX_ATTEMPTS:
-                    raise
-                self._recover()
+            self._recover()
+        return self._crew.state(version, release=release)
 
 
 def _cause(error: ray.exceptions.RayError) -> BaseException | None:

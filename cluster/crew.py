@@ -144,6 +144,16 @@ class Crew:
         self.servers.group(self.generation)
         self._assign()
 
+    def dismiss(self) -> None:
+        """Begin a generation without workers: what is committed stays.
+
+        Raises:
+            ServerLost: if a server dies meanwhile.
+        """
+        self.generation += 1
+        self.servers.group(self.generation)
+        self.dealt = []
+
     def _assign(self) -> None:
         for member in [member for member in self.members.of("worker") if member.number >= self.target]:
             self.members.tell(
@@ -256,8 +266,8 @@ class Crew:
         self.members.bury(member, how, step)
 
     def silent(self, timeout_s: float) -> list[Member]:
-        """Servers and relays that do not answer."""
-        asked = {m.actor.place.remote(): m for role in ("server", "relay") for m in self.members.of(role)}
+        """Servers, relays and replicas that do not answer."""
+        asked = {m.actor.place.remote(): m for role in ("server", "relay", "replica") for m in self.members.of(role)}
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
         answered = []
         for reference in ready:
@@ -267,10 +277,19 @@ class Crew:
         return [member for member in asked.values() if member not in answered]
 
     def late(self, timeout_s: float) -> list[Member]:
-        """Who keeps the open step: workers whose microbatches have not arrived, or else the relays behind them."""
+        """Who keeps the open step: workers whose microbatches have not arrived, or else the relays behind them.
+
+        Before all of them, servers and relays that are too busy to say what they wait for.
+        """
         relays = {relay.node: relay for relay in self.members.of("relay")}
         asked = {m: m.actor.missing.remote() for role in ("server", "relay") for m in self.members.of(role)}
-        missing = {member: set(ray.get(reference, timeout=timeout_s)) for member, reference in asked.items()}
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
+        missing: dict[Member, set[int]] = {}
+        for member, reference in asked.items():
+            with contextlib.suppress(ray.exceptions.RayError):
+                missing[member] = set(ray.get(reference, timeout=0))
+        if stuck := [member for member in asked if member not in missing]:
+            return stuck
         everywhere = set().union(*(missing[server] for server in self.members.of("server")))
         found = []
         for dealt in self.dealt:

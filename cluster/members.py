@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ class Members:
         self._members: list[Member] = []
         self.lost_at: float | None = None
         """When a worker or server was lost last; set to None once that is made good."""
+        self.deaths: Counter[tuple[Role, int]] = Counter()
+        """Of workers and servers, by role and number, since this was cleared."""
         self._machine = machine()
 
     def add(self, role: Role, number: int | None, actor: Any) -> Member:
@@ -156,6 +159,7 @@ class Members:
             return
         if member.role in ("worker", "server"):
             self.lost_at = time.monotonic()
+            self.deaths[member.role, member.number] += 1
         self.remove(member)
         self.tell("lost", f"{member} {how} in step {step}", member, step)
 

@@ -116,7 +116,7 @@ class Servers:
         for number in range(self._config.servers.num_servers):
             if self._members.find("server", number) is None:
                 self._replace(number)
-        self._place_replicas()
+        self._place_replicas(generation)
         statuses = self._regroup(generation, {})
         versions = [status.version for status in statuses]
         if max(versions) - min(versions) > 1:
@@ -153,7 +153,7 @@ class Servers:
                 raise ServerLost(f"{member} is gone", server=member.number) from None
         return statuses
 
-    def _place_replicas(self) -> None:
+    def _place_replicas(self, generation: int) -> None:
         """See that each node with servers has a replica on another node."""
         if not self._config.replicas:
             return
@@ -166,6 +166,8 @@ class Servers:
                 replica = self._members.add("replica", None, self._starter.replica(others[0]))
                 with contextlib.suppress(ray.exceptions.RayError):  # the next generation tries again
                     self._members.await_place(replica, self._config.start_timeout_s)
+                    if generation:
+                        self._members.tell("replaced", f"{replica} keeps what servers commit from now on", replica)
             elif "--replicas" not in "".join(self.notices):
                 self.notices.append("--replicas 1 does nothing here: there is one node alone")
 

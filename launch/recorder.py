@@ -109,7 +109,7 @@ class Recorder:
         )
         self._losses.append(report.loss)
         if state is not None and report.step in self._due:
-            self._save(state)
+            self.save(state)
 
     def _metrics_row(self, report: StepReport, images_per_s: float, state: State | None) -> dict[str, Any]:
         marks = {} if state is None else {"fingerprint": fingerprint(state.everything())}
@@ -128,7 +128,8 @@ class Recorder:
             "grad_norm": report.commit.grad_norm,
         }
 
-    def _save(self, state: State) -> None:
+    def save(self, state: State) -> None:
+        """Write a checkpoint."""
         # The residuals' dtype does not stop a resume: with another one they are dropped.
         meta = {**checkpoint_meta(self._run), "wire_precision": self._run.config.wire_precision}
         save_checkpoint(self._folder.checkpoints, state, meta)
@@ -153,7 +154,7 @@ class Recorder:
 
     def finish(self, state: State) -> dict[str, Any]:
         """Write the last checkpoint and summary.json; gives the summary back."""
-        self._save(state)
+        self.save(state)
         summary = self._summary(state)
         self._folder.write("summary.json", summary)
         return summary

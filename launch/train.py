@@ -24,7 +24,7 @@ from launch.resume import choose_resume, newest_intact
 from launch.run_folder import AUTO, RunFolder, read_json
 from launch.torchrun import run_under_torchrun
 from models.errors import TaskError
-from paramserver.errors import CheckpointError, PushPullError
+from paramserver.errors import CheckpointError, PushPullError, WorkerLost
 from paramserver.state import State
 from workers.install import check_install
 from workers.process_group import restarts, torchrun_rank
@@ -167,9 +167,14 @@ def _record(
             console.say(as_note(notice))
         _write_processes(folder, running.processes)
         recorder = Recorder(run, folder, console, running.state_at)
-        for report in running.reports:
-            recorder.take(report)
-            last = report.step
+        try:
+            for report in running.reports:
+                recorder.take(report)
+                last = report.step
+        except WorkerLost:
+            with suppress(PushPullError):
+                recorder.save(running.state_at(last))  # so that --resume loses nothing
+            raise
         return recorder.finish(running.state_at(last)), last < run.worker.plan.steps
 
 

@@ -22,7 +22,7 @@ __all__ = ["NO_FAULTS", "Effect", "Fault", "FaultKind", "Faults", "Observer"]
 FaultKind = Literal["kill", "stop", "delay", "drop-response", "raise", "nan", "scale"]
 Effect = Literal["drop-response", "nan"]
 """What the place where a fault was seen must do itself."""
-FaultRole = Literal["worker", "server", "node", "driver", "relay", "spare"]
+FaultRole = Literal["worker", "server", "node", "driver", "relay", "spare", "replica"]
 
 _SERVER_STAGES = ("update", "commit")
 """What workers do not see: they wait."""
@@ -163,6 +163,8 @@ class Observer:
         for pid in victims:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
+        if fault.role == "driver" and number == signal.SIGKILL:
+            time.sleep(_LEFT_S)  # Ray ends whatever has no driver; until then it would come to the next step's faults
 
 
 def _parent(pid: int) -> int:

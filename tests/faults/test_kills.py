@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from paramserver.errors import WorkerLost
 from tests.support.disturbed import SETTINGS, Undisturbed, disturbed, kill, ledger_of, lost_in, rows_of
 from tests.support.processes import start
 from tests.support.runs import SMALL, train
@@ -96,3 +97,13 @@ def test_a_spare_takes_the_place_of_the_only_worker(tmp_path: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["state_fingerprint"] == single.summary["state_fingerprint"]
     assert ledger_of(folder) == ledger_of(single.folder)
+
+
+@pytest.mark.slow
+def test_a_step_that_kills_whoever_computes_it_ends_the_run(tmp_path: Path, undisturbed: Undisturbed) -> None:
+    """The committed version is saved first, so nothing is lost once the cause is gone."""
+    with pytest.raises(WorkerLost, match="worker 0 died 4 times in step 3"):
+        disturbed(tmp_path, "ssd", [kill("worker", 0, 3, "compute")] * 4, workers=1)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_2"]
+    resumed = disturbed(tmp_path, "ssd", [], resume="auto")
+    undisturbed.check("ssd", resumed)

@@ -14,17 +14,24 @@ from tests.support.disturbed import SETTINGS, Undisturbed, kill, ledger_of, loss
 from tests.support.heads import StartHead, ray_start, start_head
 from tests.support.processes import start, wait_for_line
 from tests.support.runs import SMALL
+from workers.timing import PHASES
 
 __all__ = ["start_head"]
 
-OPTIONS: dict[str, Any] = {**SMALL["ssd"], **SETTINGS}
 
-
-def _train(tmp_path: Path, head: str, *more: str, disturb: Callable[[Path], None] | None = None) -> Path:
+def _train(
+    tmp_path: Path,
+    head: str,
+    *more: str,
+    task: str = "ssd",
+    workers: int = 2,
+    disturb: Callable[[Path], None] | None = None,
+) -> Path:
     """A run on the cluster at ``head``; ``disturb`` is called with its folder after its second step."""
-    options = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in OPTIONS.items() if name != "task"]
-    options += ["--backend=ps", "--workers=2", f"--address={head}", f"--out={tmp_path}", "--name=run", *more]
-    process = start("train", "ssd", *options)
+    settings: dict[str, Any] = {**SMALL[task], **SETTINGS}
+    options = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in settings.items() if name != "task"]
+    options += ["--backend=ps", f"--workers={workers}", f"--address={head}", f"--out={tmp_path}", "--name=run", *more]
+    process = start("train", task, *options)
     if disturb is not None:
         wait_for_line(process, "step 2/")
         disturb(tmp_path / "run")
@@ -33,8 +40,8 @@ def _train(tmp_path: Path, head: str, *more: str, disturb: Callable[[Path], None
     return tmp_path / "run"
 
 
-def _check(folder: Path, undisturbed: Undisturbed) -> None:
-    want = undisturbed.of("ssd")
+def _check(folder: Path, undisturbed: Undisturbed, task: str = "ssd") -> None:
+    want = undisturbed.of(task)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["state_fingerprint"] == want.summary["state_fingerprint"]
     assert ledger_of(folder) == ledger_of(want.folder)
@@ -67,6 +74,24 @@ def test_a_server_that_is_lost_with_its_node_comes_back(
 
 
 @pytest.mark.slow
+def test_a_replica_that_dies_or_hangs_is_replaced(
+    start_head: StartHead, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    head = start_head(0)
+    for _ in range(2):
+        ray_start(f"--address={head}", "--num-cpus=3")
+    delay = {"delay": {"role": "worker", "index": 0, "step": 3, "stage": "compute", "seconds": 8.0}}
+    # The first one is replaced while worker 0 is late.
+    stop = {"stop": {"role": "replica", "index": 0, "step": 5, "stage": "push"}}
+    faults = tmp_path / "faults.yaml"
+    faults.write_text(yaml.safe_dump([kill("replica", 0, 2, "push"), delay, stop]))
+    folder = _train(tmp_path, head, f"--faults={faults}", "--replicas=1", "--step-timeout=12")
+    _check(folder, undisturbed)
+    lost = [(row["role"], row["number"]) for row in rows_of(folder, "events.jsonl") if row["kind"] == "lost"]
+    assert lost == [("replica", 0), ("replica", 0)]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pull", "push", "aggregate"])
 @pytest.mark.parametrize("role", ["relay", "worker", "server"])
 def test_what_is_killed_between_two_nodes(
@@ -83,15 +108,20 @@ def test_what_is_killed_between_two_nodes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 3, 6])
-def test_a_worker_that_is_lost_with_its_node(
-    start_head: StartHead, tmp_path: Path, undisturbed: Undisturbed, step: int
+@pytest.mark.parametrize("task", ["ssd", "fcn"])
+@pytest.mark.parametrize("stage", PHASES)
+def test_worker_that_is_lost_with_its_node_in_the_first_a_middle_and_the_last_step(
+    start_head: StartHead, tmp_path: Path, undisturbed: Undisturbed, task: str, stage: str
 ) -> None:
-    """Whatever else was there is lost, too; the other node has room for what is needed."""
+    """Three nodes in one run; a node has one process, so that it is a worker's alone."""
     head = start_head(0)
-    for _ in range(2):
-        ray_start(f"--address={head}", "--num-cpus=2")
+    for _ in range(5):
+        ray_start(f"--address={head}", "--num-cpus=1")
     faults = tmp_path / "faults.yaml"
-    faults.write_text(yaml.safe_dump([kill("node", 1, step, "compute")]))
-    folder = _train(tmp_path, head, f"--faults={faults}", "--checkpoint-every=1")
-    _check(folder, undisturbed)
+    faults.write_text(yaml.safe_dump([kill("node", 1 + i, step, stage) for i, step in enumerate((1, 3, 6))]))
+    folder = _train(tmp_path, head, f"--faults={faults}", "--spares=0", task=task, workers=4)
+    _check(folder, undisturbed, task)
+    lost = [
+        row["number"] for row in rows_of(folder, "events.jsonl") if row["kind"] == "lost" and row["role"] == "worker"
+    ]
+    assert lost == [1, 2, 3]

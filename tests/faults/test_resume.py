@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launch.config import RunConfig
 from launch.train import RunResult, run
 from paramserver.errors import CheckpointError
-from tests.support.disturbed import SETTINGS, Undisturbed, disturbed, ledger_of, losses_of
+from tests.support.disturbed import SETTINGS, Undisturbed, disturbed, kill, ledger_of, losses_of
 from tests.support.processes import gone, kill_now, ray_folders, shared_memory, start, wait_for_line
 from tests.support.runs import SMALL, train
+from workers.timing import PHASES
 
 OPTIONS: dict[str, Any] = {**SMALL["ssd"], **SETTINGS}
 FILES = ["model.safetensors", "trainer.pt", "meta.json"]
@@ -113,3 +115,26 @@ def test_a_driver_that_is_killed_leaves_a_run_that_goes_on(tmp_path: Path, undis
     assert gone(ray_folders() - folders) == []
     assert shared_memory() <= memory
     assert not [name for name in os.listdir(folder / "checkpoints") if name.startswith(".")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["ssd", "fcn"])
+@pytest.mark.parametrize("stage", PHASES)
+def test_a_driver_killed_in_the_first_a_middle_and_the_last_step(
+    tmp_path: Path, undisturbed: Undisturbed, task: str, stage: str
+) -> None:
+    """Thrice in one run, which is started again each time."""
+    folders, faults = ray_folders(), tmp_path / "faults.yaml"
+    faults.write_text(yaml.safe_dump([kill("driver", 0, step, stage) for step in (1, 3, 6)]))
+    settings = {**SMALL[task], **SETTINGS, "checkpoint_every": 1, "workers": 2, "faults": faults, "out": tmp_path}
+    options = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in settings.items() if name != "task"]
+    ended = []
+    while len(ended) < 4 and 0 not in ended:
+        with start("train", task, "--backend=ps", "--name=run", "--resume=auto", "--spares=0", *options) as process:
+            ended.append(process.wait(timeout=90))
+    assert ended == [-9, -9, -9, 0]
+    want, folder = undisturbed.of(task), tmp_path / "run"
+    assert json.loads((folder / "summary.json").read_text())["state_fingerprint"] == want.summary["state_fingerprint"]
+    assert ledger_of(folder) == ledger_of(want.folder)
+    assert losses_of(folder) == losses_of(want.folder)
+    assert gone(ray_folders() - folders) == []
