@@ -6,7 +6,6 @@ are dealt anew, and workers go on from the committed version. Since a version do
 bits are those of a run that nobody disturbed.
 """
 
-import contextlib
 import re
 import statistics
 import time
@@ -25,7 +24,7 @@ from cluster.placement import resources
 from cluster.reports import Merger
 from models.errors import TaskError
 from models.registry import TaskSource
-from paramserver.errors import PushPullError, ServerLost, StaleContribution, StepTimeout, WorkerLost
+from paramserver.errors import PushPullError, ServerLost, StaleContribution, StepTimeout, VersionGone, WorkerLost
 from paramserver.partition import Partition
 from paramserver.state import State
 from workers.minibatch import MinibatchPlan
@@ -71,6 +70,7 @@ class Coordinator:
         self._merger = Merger(MinibatchPlan(config.worker.plan, config.num_samples), state.version)
         self._quiet_since = time.monotonic()
         self._step_s: deque[float] = deque(maxlen=50)
+        self._stop_requested: Callable[[], bool] = lambda: False
         self._stopping = False
         self._leaving = False
         self._least = 0
@@ -136,33 +136,36 @@ class Coordinator:
             WorkerLost, ServerLost, StepTimeout: naming who, where nobody can take the place of what was lost.
             Exception: what a worker raised, such as ``DataError``.
         """
+        self._stop_requested = stop_requested
         self._deal()
         while True:
             for whole in self._merger.take():
                 self._note(whole)
                 yield whole
                 self._quiet_since = time.monotonic()  # whoever reads us may have been writing a checkpoint
-            if not self._streams:
-                if self._failure is not None:
-                    raise self._failure
-                if self._merger.stopped:
-                    return
-                self._recover()
-                continue
-            self._ask_for_changes(stop_requested)
-            if self._failure is None and self._crew.bury_fallen(self._merger.emitted + 1):
-                self._recover()
-                continue
-            ready, _ = ray.wait(
-                [*self._streams, *self._crew.starting], num_returns=1, timeout=_POLL_S, fetch_local=False
-            )
-            for reference in ready:
-                if reference in self._streams:
-                    self._read(reference)
-                else:
-                    self._crew.take_in(reference)
-            if not ready:
-                self._check_quiet()
+            if not self._streams and self._failure is not None:
+                raise self._failure
+            if not self._streams and self._merger.stopped:
+                return
+            self._turn()
+
+    def _turn(self) -> None:
+        """Take in whatever has come since the last turn, and act on it."""
+        if not self._streams:
+            self._recover()
+            return
+        self._ask_for_changes()
+        if self._failure is None and self._crew.bury_fallen(self._merger.emitted + 1):
+            self._recover()
+            return
+        ready, _ = ray.wait([*self._streams, *self._crew.starting], num_returns=1, timeout=_POLL_S, fetch_local=False)
+        for reference in ready:
+            if reference in self._streams:
+                self._read(reference)
+            else:
+                self._crew.take_in(reference)
+        if not ready:
+            self._check_quiet()
 
     def _note(self, whole: StepReport | EvaluationReport) -> None:
         if not isinstance(whole, StepReport):
@@ -180,8 +183,8 @@ class Coordinator:
             self.scale(workers, wait=True)
         self._crew.begin_spares()
 
-    def _ask_for_changes(self, stop_requested: Callable[[], bool]) -> None:
-        if not self._stopping and stop_requested():
+    def _ask_for_changes(self) -> None:
+        if not self._stopping and self._stop_requested():
             self._stopping = True
             self._crew.servers.request("request_stop")
         if self._crew.wants_change and not self._leaving:
@@ -336,12 +339,23 @@ class Coordinator:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def state(self, version: int, *, release: bool = False) -> State:
-        """A copy of everything at ``version``: the last one, or one that is held (and is given free)."""
-        for _ in range(_MAX_ATTEMPTS):
-            with contextlib.suppress(ServerLost):
+        """A copy of everything at ``version``: the last one, or one that is held (and is given free).
+
+        If it was lost with its servers, it is waited for until the steps since the last checkpoint are replayed.
+        """
+        left = _MAX_ATTEMPTS
+        while True:
+            try:
                 return self._crew.state(version, release=release)
-            self._recover()
-        return self._crew.state(version, release=release)
+            except ServerLost:
+                left -= 1
+                if not left:
+                    raise
+                self._recover()
+            except VersionGone:
+                if self._crew.servers.version >= version or self._failure is not None:
+                    raise
+                self._turn()
 
 
 def _cause(error: ray.exceptions.RayError) -> BaseException | None:

@@ -74,6 +74,20 @@ def test_a_server_that_is_lost_with_its_node_comes_back(
 
 
 @pytest.mark.slow
+def test_a_version_that_is_lost_before_it_was_saved_is_made_again(
+    start_head: StartHead, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    """Nobody keeps the server's memory, and it dies right after the commit of a version that is to be saved."""
+    head = start_head(0)
+    ray_start(f"--address={head}", "--num-cpus=3")
+    faults = tmp_path / "faults.yaml"
+    faults.write_text(yaml.safe_dump([kill("server", 0, step, "pull") for step in (3, 5)]))
+    folder = _train(tmp_path, head, f"--faults={faults}", "--checkpoint-every=2", "--spares=0")
+    _check(folder, undisturbed)
+    assert [row["kind"] for row in rows_of(folder, "events.jsonl")] == ["lost", "restored", "recovered"] * 2
+
+
+@pytest.mark.slow
 def test_a_replica_that_dies_or_hangs_is_replaced(
     start_head: StartHead, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
