@@ -414,7 +414,9 @@ class Crew:
         present = {member.number for member in self.members if member.role == "worker"}
         for number in [number for number in range(self.target) if number not in present]:
             self._tries[number] = self._tries.get(number, 0) + 1
-            if self._tries[number] <= _START_TRIES:
+            if spare := next((member for member in self.members if member.role == "spare-worker"), None):
+                spare.role, spare.number = "worker", number  # it is being started still
+            elif self._tries[number] <= _START_TRIES:
                 self._start(self._new_worker(number))
 
     # -- reading -----------------------------------------------------------------------------------------------------

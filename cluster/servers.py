@@ -232,6 +232,7 @@ class Servers:
                 kept = ray.get(replica.actor.newest.remote(number), timeout=_ANSWER_S)
             except ray.exceptions.RayError:
                 continue
+            self._make_room()
             member = self._members.add("server", number, self._starter.server())
             with contextlib.suppress(ray.exceptions.RayError):
                 self._members.await_place(member, self._config.start_timeout_s)
@@ -248,6 +249,7 @@ class Servers:
         """The memory of a server is lost: all begin again from what was saved last."""
         for member in self._members.of("server"):
             self._members.remove(member)
+        self._make_room()
         self.addresses = {}
         state = self._restore()
         deadline = time.monotonic() + self._config.start_timeout_s
@@ -262,6 +264,11 @@ class Servers:
         self.open()
         text = f"the memory of a server is lost: steps are replayed from version {state.version}, the last one saved"
         self._members.tell("restored", text, step=state.version + 1)
+
+    def _make_room(self) -> None:
+        """A worker in reserve may stand where the only place for a server is."""
+        for spare in [member for member in self._members if member.role == "spare-worker"]:
+            self._members.remove(spare)
 
     def new_spares(self) -> list[Member]:
         """Those that were just asked for, so that on each node with servers somebody stands by; see ``stand_by``."""
