@@ -19,7 +19,7 @@ class RunConfig:
     """One training run. What is None is filled in from the task's recipe or from the machine, and then written down."""
 
     task: str = ""
-    """ssd, fcn, or path/to/file.py:ClassName."""
+    """ssd, fcn, classify, or path/to/file.py:ClassName."""
     backend: Backend = "ps"
     """single (one process), ps (parameter server on Ray), ddp (torchrun)."""
     workers: int | None = None
@@ -37,17 +37,21 @@ class RunConfig:
     seed: int = 0
     """Seed of weights, order, augmentation and synthetic data."""
     data: str = "synthetic"
-    """synthetic, banana:PATH or voc:PATH."""
+    """synthetic, banana:PATH (ssd), voc:PATH (ssd, fcn), coco:PATH (ssd), masks:PATH (fcn), folder:PATH or
+    cifar10:PATH (classify)."""
     classes: str | None = None
     """Class names, comma-separated, in the order of their labels; default: the data's."""
     split_train: str = "train"
-    """ImageSets file with the training images (voc)."""
+    """ImageSets file with the training images (voc), or split of the instances (coco)."""
     split_val: str = "val"
-    """ImageSets file with the validation images (voc)."""
+    """ImageSets file with the validation images (voc), or split of the instances (coco)."""
     image_size: int | str | None = None
     """Training image size in pixels, HxW or one number; default: the task's."""
     model: str | None = None
     """Network; default: the task's."""
+    augment: str | None = None
+    """How training images are varied: none, light or ssd (ssd), none, crop or scale (fcn), none or crop (classify);
+    default: the network's."""
     recipe: str = "default"
     """Training settings that belong together; the task says which it has (d2l, default)."""
     optimizer: OptimizerName | None = None
@@ -68,6 +72,10 @@ class RunConfig:
     """Factors by key pattern, e.g. 'head.*=10,bias=2'; default: the recipe's."""
     freeze: str | None = None
     """Patterns of keys that are not trained, comma-separated."""
+    freeze_batch_norm: bool = False
+    """Leave batch norm as it is in --weights: neither its statistics nor its scale and shift change."""
+    weights: str | None = None
+    """File of weights to start from (safetensors, or torch.save of a state dict); what does not fit is reported."""
     clip_grad_norm: float | None = None
     """Largest l2 norm of the whole gradient."""
     on_nan: OnNan = "stop"

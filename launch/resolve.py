@@ -25,7 +25,8 @@ from paramserver.reduction import maximal_nodes
 from workers.config import DeviceKind, PlanConfig, WorkerConfig
 from workers.minibatch import deal_runs, steps_in_epoch
 from workers.process_group import torchrun_rank
-from workers.replica import describe_model
+from workers.replica import describe_model, freeze_batch_norm
+from workers.weights import read_weights
 
 __all__ = ["Resolved", "choose_device", "resolve", "task_options", "usage_errors"]
 
@@ -68,6 +69,7 @@ def task_options(config: RunConfig) -> TaskOptions:
         classes=classes,
         split_train=config.split_train,
         split_val=config.split_val,
+        augment=config.augment,
         recipe=config.recipe,
         seed=config.seed,
     )
@@ -108,6 +110,8 @@ def resolve(config: RunConfig) -> Resolved:
         raise ConfigError(f"--data {config.data}: the training set is empty")
     if config.evaluate:
         task.build_dataset("val")  # what is missing there would come out at the end of the run
+    if config.weights is not None:
+        read_weights(Path(config.weights).expanduser())  # what is wrong with it comes out now
     if config.backend == "ps" and config.address is not None:
         check_address(config.address)
     per_epoch = max(1, steps_in_epoch(num_samples, batch_size, drop_last=config.drop_last))
@@ -116,6 +120,7 @@ def resolve(config: RunConfig) -> Resolved:
         config,
         task=source.name,
         data=options.data,
+        weights=None if config.weights is None else str(Path(config.weights).expanduser().resolve()),
         workers=workers,
         microbatches=microbatches,
         batch_size=batch_size,
@@ -136,6 +141,7 @@ def resolve(config: RunConfig) -> Resolved:
         threads=config.threads,
         channels_last=config.channels_last,
         precision=config.precision,
+        freeze_batch_norm=config.freeze_batch_norm,
         eval_every=config.eval_every,
         evaluate=config.evaluate,
         overlap=bool(filled.overlap),
@@ -145,7 +151,10 @@ def resolve(config: RunConfig) -> Resolved:
         # Of a worker's own waits: whoever watches the run has acted long before.
         step_timeout_s=2 * config.step_timeout + 30 if config.step_timeout else _BACKSTOP_S,
     )
-    partition, _ = describe_model(task.build_model(), optimizer, servers)  # finds patterns that fit no key
+    model = task.build_model()
+    if config.freeze_batch_norm:
+        freeze_batch_norm(model)
+    partition, _ = describe_model(model, optimizer, servers)  # finds patterns that fit no key
     if config.backend == "ps" and config.address is None:
         _check_shared_memory(config, partition, workers, microbatches)
     return Resolved(filled, source, task, options, worker, optimizer, servers, num_samples)

@@ -6,9 +6,11 @@ from pathlib import Path
 from launch.recorder import checkpoint_meta
 from launch.resolve import Resolved
 from launch.run_folder import AUTO, RunFolder
-from paramserver.errors import CheckpointError
+from paramserver.errors import CheckpointError, ConfigError
 from paramserver.state import State
+from workers.assembly import build_parts
 from workers.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from workers.weights import fit_weights, read_weights, with_weights
 
 __all__ = ["choose_resume", "newest_intact"]
 
@@ -25,14 +27,28 @@ def choose_resume(resolved: Resolved, folder: RunFolder) -> tuple[State | None, 
     """
     resume = resolved.config.resume
     if resume is None:
-        return None, []
+        return _from_weights(resolved)
     path = folder.path if resume == AUTO else Path(resume).expanduser()
     if resume == AUTO and not list_checkpoints(folder.checkpoints):
-        return None, [f"{folder.path} has no checkpoint yet: the run begins at its first step"]
+        state, notices = _from_weights(resolved)
+        return state, [f"{folder.path} has no checkpoint yet: the run begins at its first step", *notices]
     found = find_checkpoint(path)
     if found == path:
         return _checked(found, resolved)
     return newest_intact(path, resolved)
+
+
+def _from_weights(resolved: Resolved) -> tuple[State | None, list[str]]:
+    """The initial state with ``--weights``, if there are any."""
+    if (file := resolved.config.weights) is None:
+        return None, []
+    worker = replace(resolved.worker, device="cpu")
+    parts = build_parts(resolved.task, worker, resolved.optimizer, resolved.servers)
+    aliases = getattr(parts.replica.model, "weight_aliases", {})
+    fitted = fit_weights(parts.state.state_dict(), read_weights(Path(file)), aliases)
+    if not fitted.values:
+        raise ConfigError(f"--weights {file}: no key of it fits the model; {fitted.describe()}")
+    return with_weights(parts.state, fitted), [f"weights   {file}: {fitted.describe()}"]
 
 
 def newest_intact(path: Path, resolved: Resolved) -> tuple[State, list[str]]:

@@ -10,7 +10,7 @@ class TaskOptions:
     """What a task is built from; every field has a value that works."""
 
     data: str = "synthetic"
-    """``synthetic``, ``banana:PATH`` or ``voc:PATH``."""
+    """``synthetic``, or ``KIND:PATH``; the task says which kinds it knows."""
     model: str | None = None
     """Name of the network, or None for the task's own default."""
     image_size: tuple[int, int] | None = None
@@ -18,9 +18,11 @@ class TaskOptions:
     classes: tuple[str, ...] | None = None
     """Class names without background, in the order of their labels; None lets the data say."""
     split_train: str = "train"
-    """Name of the ImageSets file that lists the training images (VOC layout)."""
+    """Name of the ImageSets file that lists the training images (voc), or of the instances' split (coco)."""
     split_val: str = "val"
-    """Name of the ImageSets file that lists the validation images (VOC layout)."""
+    """Name of the ImageSets file that lists the validation images (voc), or of the instances' split (coco)."""
+    augment: str | None = None
+    """Name of how training images are varied, or None for the network's own default."""
     recipe: str = "default"
     """Which of the task's recipes; it may change how images are scaled and augmented."""
     seed: int = 0

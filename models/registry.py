@@ -28,9 +28,19 @@ def _fcn(options: TaskOptions) -> Task:
     return FCNTask(options)
 
 
+def _classify(options: TaskOptions) -> Task:
+    from models.classify.task import ClassifyTask
+
+    return ClassifyTask(options)
+
+
 _TASKS: dict[str, tuple[str, Callable[[TaskOptions], Task]]] = {
-    "ssd": ("single-shot object detection (TinySSD)", _ssd),
-    "fcn": ("semantic segmentation by a fully convolutional network (ResNet-18)", _fcn),
+    "ssd": ("single-shot object detection (TinySSD, SSD300)", _ssd),
+    "fcn": (
+        "semantic segmentation (FCN on ResNet-18 and -50, FCN-32s/16s/8s on VGG16)",
+        _fcn,
+    ),
+    "classify": ("image classification (LeNet, and torchvision's networks by name)", _classify),
 }
 _TASK_METHODS = ("build_model", "build_dataset", "collate", "loss", "predict", "build_metric")
 

@@ -20,7 +20,7 @@ from workers.faults import Observer
 from workers.local_servers import LocalServers
 from workers.minibatch import deal_runs
 from workers.param_server import ParamServerBackend
-from workers.replica import Replica, describe_model
+from workers.replica import Replica, describe_model, freeze_batch_norm
 from workers.seeding import seeded
 from workers.single import SingleBackend
 from workers.worker import Worker
@@ -41,8 +41,10 @@ def build_parts(task: Task, config: WorkerConfig, optimizer: OptimizerConfig, se
     device = setup_device(config)
     with seeded("model", config.plan.seed):
         model = task.build_model()
+    if config.freeze_batch_norm:
+        freeze_batch_norm(model)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(device=device, memory_format=layout).train()  # type: ignore[call-overload]
+    model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     partition, state = describe_model(model, optimizer, servers)
     return Parts(Replica(model, partition), partition, state)
 

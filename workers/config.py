@@ -62,6 +62,8 @@ class WorkerConfig:
     """Whether images and weights lie in channels-last order."""
     precision: Precision = "fp32"
     """``bf16`` runs forward passes under autocast."""
+    freeze_batch_norm: bool = False
+    """Whether batch norm keeps its statistics, scale and shift."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates at the end alone."""
     eval_batch_size: int = 16

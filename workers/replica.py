@@ -13,7 +13,25 @@ from paramserver.integers import IntegerBlock
 from paramserver.partition import BUFFERS, Key, KeySpec, Partition, make_partition
 from paramserver.state import State
 
-__all__ = ["Replica", "describe_model"]
+__all__ = ["Replica", "describe_model", "freeze_batch_norm"]
+
+_FROZEN = "pushpull_frozen"
+"""Attribute of a module that stays in evaluation mode."""
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let all batch norms keep their statistics, scale and shift, in training too."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.requires_grad_(False)
+            setattr(module, _FROZEN, True)
+
+
+def _train(model: nn.Module) -> None:
+    model.train()
+    for module in model.modules():
+        if getattr(module, _FROZEN, False):
+            module.eval()
 
 
 def describe_model(model: nn.Module, optimizer: OptimizerConfig, servers: ServerConfig) -> tuple[Partition, State]:
@@ -109,6 +127,7 @@ class Replica:
             buffer.data = self._private.as_strided(key.shape, key.stride, key.offset - self._first_buffer)
         self.point_to(self.values)
         self.reset_buffers()
+        _train(model)
 
     def point_to(self, flat: Tensor) -> None:
         """Make a flat (length,) vector on this device the parameters, without copying.
@@ -227,4 +246,4 @@ class Replica:
             with torch.no_grad():  # inference mode would poison what tasks cache, anchors for instance
                 yield self.model
         finally:
-            self.model.train()
+            _train(self.model)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
+from models.data.detection_sample import detection_sample
 from models.data.detection_transforms import DetectionTransform
 from models.data.images import read_image
 from models.errors import DataError
@@ -74,9 +74,8 @@ class BananaDetection(Dataset[Sample]):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Sample:
-        boxes_G4 = torch.from_numpy(self._boxes[index].copy())
-        image, boxes_G4 = self._transform(read_image(self._paths[index]), boxes_G4)
-        return Sample(image, {"boxes": boxes_G4, "labels": torch.from_numpy(self._labels[index].copy())}, index)
+        image = read_image(self._paths[index])
+        return detection_sample(index, image, self._boxes[index], self._labels[index], self._transform)
 
 
 def banana_classes(root: Path) -> tuple[str, ...]:

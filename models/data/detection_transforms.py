@@ -1,15 +1,32 @@
 """From a decoded image and its boxes to what a detector takes, with or without random augmentation."""
 
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-__all__ = ["DetectionTransform"]
+from models.data.pixels import Pixels
 
-_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, in 0..1
-_STD = (0.229, 0.224, 0.225)
+__all__ = ["Augmentation", "DetectionTransform", "Transformed"]
+
+Augmentation = Literal["none", "light", "ssd"]
+
 _GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as in torchvision's adjust_saturation
 _JITTER = 0.2  # brightness, contrast and saturation are multiplied by 1 - 0.2 .. 1 + 0.2
+
+
+class Transformed(NamedTuple):
+    """An image with its boxes."""
+
+    image_3HW: Tensor
+    """(3, h, w) float32."""
+    boxes_G4: Tensor
+    """(G, 4) float32 corners as parts of width and height."""
+    kept_G: Tensor
+    """(G,) int64: which of the boxes given are still in the image."""
 
 
 class DetectionTransform:
@@ -17,38 +34,61 @@ class DetectionTransform:
 
     Args:
         size: height and width in pixels of the result.
-        augment: flip half of the images and vary their colours.
-        normalise: divide by 255 and normalise with ImageNet's mean and deviation; else pixels stay 0..255, as in d2l.
+        augment: ``none``; ``light``: flip half of the images and vary their colours; ``ssd``: that of SSD's authors,
+            stronger colours, zooming out, and crops that overlap an object by at least so much.
+        pixels: how colours are scaled.
     """
 
-    def __init__(self, size: tuple[int, int], *, augment: bool, normalise: bool) -> None:
+    def __init__(self, size: tuple[int, int], *, augment: Augmentation, pixels: Pixels) -> None:
         self.size = size
         self.augment = augment
-        self.normalise = normalise
+        self.pixels = pixels
+        fill = [round(part) for part in pixels.mean]
+        self._ssd = v2.Compose(
+            [
+                v2.RandomPhotometricDistort(),
+                v2.RandomZoomOut(fill=fill),
+                v2.RandomIoUCrop(),
+                v2.RandomHorizontalFlip(),
+                v2.Resize(size, antialias=True),
+                v2.SanitizeBoundingBoxes(labels_getter=_index_of),
+            ]
+        )
 
-    def __call__(self, image_3HW: Tensor, boxes_G4: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, image_3HW: Tensor, boxes_G4: Tensor) -> Transformed:
         """One image with its boxes.
 
         Args:
             image_3HW: (3, H, W) uint8.
             boxes_G4: (G, 4) float32 corners as parts of width and height.
-
-        Returns:
-            (3, h, w) float32 and (G, 4) float32.
         """
+        kept_G = torch.arange(len(boxes_G4))
+        if self.augment == "ssd":
+            image_3HW, boxes_G4, kept_G = self._as_in_ssd(image_3HW, boxes_G4, kept_G)
         if tuple(image_3HW.shape[-2:]) != self.size:
             image_3HW = TF.resize(image_3HW, list(self.size), antialias=True)
         image = image_3HW.float()
-        if self.augment:
+        if self.augment == "light":
             # Always four draws, so that one sample's colours do not depend on whether it was flipped.
             flip, *draws = torch.rand(4).tolist()
             image = _jitter(image, *(1.0 + _JITTER * (2.0 * draw - 1.0) for draw in draws))
             if flip < 0.5:
                 x1, y1, x2, y2 = boxes_G4.unbind(dim=1)
                 image, boxes_G4 = TF.horizontal_flip(image), torch.stack((1 - x2, y1, 1 - x1, y2), dim=1)
-        if self.normalise:
-            image = TF.normalize(image, [255 * part for part in _MEAN], [255 * part for part in _STD], inplace=True)
-        return image, boxes_G4
+        return Transformed(self.pixels.scale(image), boxes_G4, kept_G)
+
+    def _as_in_ssd(self, image_3HW: Tensor, boxes_G4: Tensor, index_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        height, width = image_3HW.shape[-2:]
+        corners_G4 = boxes_G4 * torch.tensor([width, height, width, height])
+        boxes = tv_tensors.BoundingBoxes(corners_G4, format="XYXY", canvas_size=(height, width))
+        found = self._ssd({"image": tv_tensors.Image(image_3HW), "boxes": boxes, "index": index_G})
+        height, width = self.size
+        unit_G4 = found["boxes"].as_subclass(Tensor).float() / torch.tensor([width, height, width, height])
+        return found["image"].as_subclass(Tensor), unit_G4, found["index"]
+
+
+def _index_of(content: dict[str, Tensor]) -> Tensor:
+    return content["index"]
 
 
 def _jitter(image_3HW: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:

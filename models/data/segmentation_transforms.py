@@ -1,5 +1,7 @@
 """What is done to an image and its mask between the file and the network."""
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -8,13 +10,33 @@ from torchvision.transforms import v2
 from models.data.voc_classes import VOID
 from models.task import Split
 
-__all__ = ["SegmentationTransform", "normalise"]
+__all__ = ["Augmentation", "SegmentationTransform", "normalise"]
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+Augmentation = Literal["none", "crop", "scale"]
+
+
+class _PadToSize(v2.Transform):  # type: ignore[misc]  # torchvision has no types
+    """Pad at the bottom and right what is smaller."""
+
+    def __init__(self, size: tuple[int, int], fill: Any) -> None:
+        super().__init__()
+        self._size = size
+        self._fill = fill
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """From an image or mask to one of at least that size."""
+        height, width = inpt.shape[-2:]
+        border = [0, 0, max(0, self._size[1] - width), max(0, self._size[0] - height)]
+        return v2.functional.pad(inpt, border, fill=self._fill[type(inpt)])
+
+
 class SegmentationTransform:
-    """Training: random crop and horizontal flip; validation: the whole image as it is. Both are normalised.
+    """Training: random crop and horizontal flip, scaled before if asked for; validation: the whole image as it is.
+
+    Both are normalised.
 
     Random numbers come from torch's global generator alone, which the caller seeds around each sample. An image smaller
     than the crop is padded, with the mean colour and with void in the mask, and never dropped.
@@ -23,14 +45,23 @@ class SegmentationTransform:
         split: ``train`` or ``val``.
         crop_size: height and width in pixels of a training image.
         flip: whether training images are flipped, every other one.
+        augment: ``crop``; ``scale``: from half to twice the size first, as in torchvision's references; ``none``: the
+            middle of the image.
     """
 
-    def __init__(self, split: Split, crop_size: tuple[int, int], *, flip: bool = True) -> None:
+    def __init__(
+        self, split: Split, crop_size: tuple[int, int], *, flip: bool = True, augment: Augmentation = "crop"
+    ) -> None:
         # The mean colour becomes (almost) zero, which is also what convolutions pad with.
         fill = {tv_tensors.Image: [round(255 * mean) for mean in _MEAN], tv_tensors.Mask: VOID}
-        steps = [v2.RandomCrop(crop_size, pad_if_needed=True, fill=fill)] + (
-            [v2.RandomHorizontalFlip()] if flip else []
-        )
+        steps: list[v2.Transform] = [v2.RandomCrop(crop_size, pad_if_needed=True, fill=fill)]
+        if augment == "none":
+            # Padded first: a centre crop itself would fill a mask with 0.
+            steps = [_PadToSize(crop_size, fill), v2.CenterCrop(crop_size)]
+        elif flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if augment == "scale":
+            steps.insert(0, v2.ScaleJitter(crop_size, scale_range=(0.5, 2.0), antialias=True))
         self._augment = v2.Compose(steps) if split == "train" else None
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

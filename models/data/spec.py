@@ -7,20 +7,18 @@ from models.errors import DataError
 
 __all__ = ["DataSpec", "parse_data_spec"]
 
-_KINDS = ("synthetic", "banana", "voc")
-
 
 class DataSpec(NamedTuple):
     """A parsed ``--data``."""
 
     kind: str
-    """``synthetic``, ``banana`` or ``voc``."""
+    """``synthetic``, ``banana``, ``voc``, ``coco``, ``masks``, ``folder`` or ``cifar10``."""
     path: Path
     """Folder of the data; meaningless for ``synthetic``."""
 
 
-def parse_data_spec(text: str, supported: tuple[str, ...] = _KINDS) -> DataSpec:
-    """Parse ``synthetic``, ``banana:PATH`` or ``voc:PATH``; the folder must exist.
+def parse_data_spec(text: str, supported: tuple[str, ...]) -> DataSpec:
+    """Parse ``synthetic`` or ``KIND:PATH``; the folder must exist.
 
     Raises:
         DataError: if the kind is unknown or not among ``supported``, or the folder is missing.

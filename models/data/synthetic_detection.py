@@ -7,11 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from models.data.detection_sample import detection_sample
 from models.data.detection_transforms import DetectionTransform
 from models.errors import DataError
 from models.task import Sample, Split
 
-__all__ = ["SHAPES", "SyntheticDetection"]
+__all__ = ["SHAPES", "SyntheticDetection", "draw_shapes"]
 
 SHAPES = ("disc", "square", "triangle")
 """What is drawn for the labels 0, 1 and 2."""
@@ -55,16 +56,20 @@ class SyntheticDetection(Dataset[Sample]):
         if not 0 <= index < self._length:
             raise IndexError(index)
         rng = np.random.default_rng([*self._key, index])
-        pixels, boxes, labels = _make(rng, *self._transform.size, len(self.classes))
-        image = torch.from_numpy(pixels)
-        image, boxes_G4 = self._transform(image, torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-        return Sample(image, {"boxes": boxes_G4, "labels": torch.tensor(labels, dtype=torch.int64)}, index)
+        pixels, boxes, labels = draw_shapes(rng, *self._transform.size, len(self.classes))
+        corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+        known = np.array(labels, dtype=np.int64)
+        return detection_sample(index, torch.from_numpy(pixels), corners, known, self._transform)
 
 
-def _make(
+def draw_shapes(
     rng: np.random.Generator, height: int, width: int, num_classes: int
 ) -> tuple[_Pixels, list[tuple[float, ...]], list[int]]:
-    """(3, H, W) pixels, corners as parts of width and height, labels."""
+    """One image.
+
+    Returns:
+        (3, height, width) pixels, corners as parts of width and height, and labels.
+    """
     pixels = _background(rng, height, width)
     boxes: list[tuple[float, ...]] = []
     labels: list[int] = []

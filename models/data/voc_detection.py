@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
+from models.data.detection_sample import detection_sample
 from models.data.detection_transforms import DetectionTransform
 from models.data.images import read_image
 from models.data.voc_classes import VOC_CLASSES, find_voc_root
@@ -28,10 +28,14 @@ class _Object(NamedTuple):
     name: str
     corners: tuple[float, float, float, float]
     """xmin, ymin, xmax, ymax as in the file: the first pixel is 1, and xmax belongs to the box."""
+    difficult: bool
 
 
 class VOCDetection(Dataset[Sample]):
-    """``JPEGImages``, ``Annotations`` and ``ImageSets/Main``. Objects marked as difficult count like any other.
+    """``JPEGImages``, ``Annotations`` and ``ImageSets/Main``.
+
+    Objects marked as difficult are trained on, as in SSD's own code, and marked in ``difficult``, (G,) bool, since a
+    metric does not ask for them.
 
     Everything but the pixels is read and checked at construction. A box of a single point is left out with a warning.
 
@@ -52,6 +56,7 @@ class VOCDetection(Dataset[Sample]):
         # Arrays: a loader process would get each tensor as a shared file of its own.
         self._boxes: list[NDArray[np.float32]] = []
         self._labels: list[NDArray[np.int64]] = []
+        self._difficult: list[NDArray[np.bool_]] = []
         points: list[str] = []
         folder = find_voc_root(root)
         for stem in _read_list(folder, split):
@@ -64,6 +69,7 @@ class VOCDetection(Dataset[Sample]):
             self._paths.append(path)
             self._boxes.append(np.array(corners, dtype=np.float32).reshape(-1, 4))
             self._labels.append(np.array([_label(item, classes, annotation) for item in kept], dtype=np.int64))
+            self._difficult.append(np.array([item.difficult for item in kept], dtype=np.bool_))
         if points:
             warnings.warn(
                 f"{folder}: left out {len(points)} box(es) without width or height, in {', '.join(points[:5])}",
@@ -74,9 +80,8 @@ class VOCDetection(Dataset[Sample]):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Sample:
-        boxes_G4 = torch.from_numpy(self._boxes[index].copy())
-        image, boxes_G4 = self._transform(read_image(self._paths[index]), boxes_G4)
-        return Sample(image, {"boxes": boxes_G4, "labels": torch.from_numpy(self._labels[index].copy())}, index)
+        image, boxes, labels = read_image(self._paths[index]), self._boxes[index], self._labels[index]
+        return detection_sample(index, image, boxes, labels, self._transform, self._difficult[index])
 
 
 def voc_classes(root: Path, splits: Sequence[str]) -> tuple[str, ...]:
@@ -122,7 +127,8 @@ def _read_objects(path: Path) -> list[_Object]:
             raise DataError(
                 f"{path}: object {name!r} needs numbers xmin, ymin, xmax, ymax in bndbox: {error}"
             ) from error
-        objects.append(_Object(name, (x1, y1, x2, y2)))
+        difficult = (element.findtext("difficult") or "0").strip() == "1"
+        objects.append(_Object(name, (x1, y1, x2, y2), difficult))
     return objects
 
 

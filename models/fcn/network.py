@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-__all__ = ["FCN", "MIN_SIZE", "bilinear_kernel"]
+__all__ = ["FCN", "MIN_SIZE", "bilinear_kernel", "check_size"]
 
 MIN_SIZE = 32
 """Smallest height and width of an image in pixels: one cell of the last feature map."""
@@ -53,14 +53,21 @@ class FCN(nn.Module):
             ValueError: if the images are smaller than 32 pixels.
         """
         height, width = images_N3HW.shape[-2:]
-        if min(height, width) < MIN_SIZE:
-            raise ValueError(
-                f"an image of {height}x{width} pixels is too small: FCN needs {MIN_SIZE}x{MIN_SIZE} or more"
-            )
+        check_size(height, width)
         scores_NKhw = self.classifier(self.backbone(images_N3HW))  # h = ceil(H / 32)
         logits_NKHW: Tensor = self.upsample(scores_NKhw)
         # Other sizes than multiples of 32 come out up to 31 pixels too large.
         return logits_NKHW[..., :height, :width]
+
+
+def check_size(height: int, width: int) -> None:
+    """See that images are large enough.
+
+    Raises:
+        ValueError: if they are smaller than ``MIN_SIZE``.
+    """
+    if min(height, width) < MIN_SIZE:
+        raise ValueError(f"an image of {height}x{width} pixels is too small: FCN needs {MIN_SIZE}x{MIN_SIZE} or more")
 
 
 def bilinear_kernel(num_channels: int, kernel_size: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Semantic segmentation as a task: which data, which network, which recipe."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.utils import draw_segmentation_masks
 
-from models.data.segmentation_transforms import SegmentationTransform, normalise
+from models.data.mask_folders import MaskFolders, read_label_table
+from models.data.segmentation_transforms import Augmentation, SegmentationTransform, normalise
 from models.data.spec import parse_data_spec
 from models.data.synthetic_segmentation import SYNTHETIC_CLASSES, SyntheticSegmentation
 from models.data.voc_classes import VOC_CLASSES, VOID
@@ -16,55 +18,53 @@ from models.data.voc_segmentation import VOCSegmentation
 from models.errors import TaskError
 from models.fcn.loss import segmentation_loss
 from models.fcn.metric import SegmentationMetric
-from models.fcn.network import FCN, MIN_SIZE
+from models.fcn.network import MIN_SIZE
+from models.fcn.networks import AUXILIARY, NETWORKS
 from models.fcn.palette import voc_palette
 from models.options import Recipe, TaskOptions
 from models.task import Batch, LossSum, Sample, Split
 
 __all__ = ["FCNTask"]
 
-_MODELS = ("fcn_resnet18",)
 _IMAGE_SIZE = (320, 480)
 """Crop of Dive into Deep Learning, section 14.9: fits into most of VOC's images."""
 
 
 class FCNTask:
-    """FCN on ResNet-18, from scratch, on synthetic shapes or on data in Pascal VOC's layout.
+    """A fully convolutional network, from scratch, on synthetic shapes or on data in Pascal VOC's layout.
 
     Args:
-        options: ``model`` is None or ``fcn_resnet18``; ``data`` is ``synthetic`` or ``voc:PATH``.
+        options: ``model`` is None or a key of ``NETWORKS``; ``data`` is ``synthetic`` or ``voc:PATH``.
 
     Raises:
         TaskError: if an option does not fit.
     """
 
     name = "fcn"
-    recipes: Mapping[str, Recipe] = {
-        "default": Recipe(
-            batch_size=16, epochs=30, lr=0.02, momentum=0.9, weight_decay=1e-4, schedule="polynomial", warmup_steps=20
-        ),
-        # Dive into Deep Learning, section 14.11.5, has lr=0.001 and weight_decay=1e-3, but sums over the images of a
-        # batch what it averages over pixels. Our loss is a mean over the batch too: 32 times smaller. The same update
-        # needs a learning rate 32 times larger, and a weight decay 32 times smaller, since lr multiplies both. (d2l
-        # starts from ImageNet's weights and takes void for background; here void is left out.)
-        "d2l": Recipe(batch_size=32, epochs=5, lr=0.001 * 32, weight_decay=1e-3 / 32),
-    }
 
     def __init__(self, options: TaskOptions) -> None:
-        if options.model is not None and options.model not in _MODELS:
-            raise TaskError(f"fcn has no model {options.model!r}: use one of {', '.join(_MODELS)}")
+        name = options.model or "fcn_resnet18"
+        if name not in NETWORKS:
+            raise TaskError(f"fcn has no model {name!r}: use one of {', '.join(NETWORKS)}")
+        self._network = NETWORKS[name]
+        self.recipes: Mapping[str, Recipe] = self._network.recipes
         if options.recipe not in self.recipes:
-            raise TaskError(f"fcn has no recipe {options.recipe!r}: use one of {', '.join(self.recipes)}")
+            raise TaskError(f"{name} has no recipe {options.recipe!r}: use one of {', '.join(self.recipes)}")
+        if options.augment not in (None, *get_args(Augmentation)):
+            raise TaskError(f"--augment {options.augment!r}: fcn has {', '.join(get_args(Augmentation))}")
         self._options = options
-        self._spec = parse_data_spec(options.data, ("synthetic", "voc"))
+        self._spec = parse_data_spec(options.data, ("synthetic", "voc", "masks"))
         self._image_size = options.image_size or _IMAGE_SIZE
         if min(self._image_size) < MIN_SIZE:
             raise TaskError(
                 "--image-size {} {} is too small: fcn needs {min} {min} or more".format(*self._image_size, min=MIN_SIZE)
             )
+        self._table = read_label_table(self._spec.path) if self._spec.kind == "masks" else None
         own_classes = SYNTHETIC_CLASSES if self._spec.kind == "synthetic" else VOC_CLASSES
-        self.class_names = ("background", *(options.classes or own_classes))
+        self.class_names = self._table.names if self._table else ("background", *(options.classes or own_classes))
         """Names by label."""
+        if self._table and options.classes is not None:
+            raise TaskError("--classes: masks:PATH has its classes in classes.csv")
         if self._spec.kind == "synthetic" and len(self.class_names) <= len(SYNTHETIC_CLASSES):
             raise TaskError(f"--classes: synthetic pictures need {len(SYNTHETIC_CLASSES)} classes or more")
         if len(self.class_names) > VOID:
@@ -74,7 +74,7 @@ class FCNTask:
 
     def build_model(self) -> nn.Module:
         """The network with random weights."""
-        return FCN(len(self.class_names))
+        return self._network.build(len(self.class_names))
 
     def build_dataset(self, split: Split) -> Dataset[Sample]:
         """Training crops or whole validation images; the target is ``mask``, (H, W) uint8.
@@ -84,10 +84,13 @@ class FCNTask:
         """
         options = self._options
         # d2l crops, but does not flip.
-        transform = SegmentationTransform(split, self._image_size, flip=options.recipe != "d2l")
+        preset: Any = options.augment or "crop"
+        transform = SegmentationTransform(split, self._image_size, flip=options.recipe != "d2l", augment=preset)
         if self._spec.kind == "synthetic":
             length = options.synthetic_train if split == "train" else options.synthetic_val
             return SyntheticSegmentation(split, length, self._image_size, options.seed, transform)
+        if self._table is not None:
+            return MaskFolders(self._spec.path, split, self._table, transform)
         list_name = options.split_train if split == "train" else options.split_val
         return VOCSegmentation(self._spec.path, list_name, len(self.class_names), transform)
 
@@ -100,8 +103,13 @@ class FCNTask:
         return Batch(images, {"mask": masks}, torch.tensor([sample.id for sample in samples]))
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Cross-entropy summed over the labelled pixels, and their number."""
-        return segmentation_loss(model(batch.images), batch.targets["mask"])
+        """Cross-entropy summed over the labelled pixels, with that of an auxiliary head, and their number."""
+        outputs = model(batch.images)
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        total, weight = segmentation_loss(logits, batch.targets["mask"])
+        for extra in auxiliary:
+            total = total + AUXILIARY * segmentation_loss(extra, batch.targets["mask"]).total
+        return LossSum(total, weight)
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """The likeliest label of every pixel, (N, H, W) uint8."""
@@ -121,7 +129,9 @@ class FCNTask:
         """A copy of the (3, H, W) uint8 ``image``, tinted in VOC's colours where label map ``index`` sees an object."""
         # What collate or prepare padded lies at the bottom and right.
         labels_HW = outputs[index, : image.shape[1], : image.shape[2]].to(image.device)
-        present = [label for label in torch.bincount(labels_HW.flatten()).nonzero().flatten().tolist() if label != 0]
+        present = list(torch.bincount(labels_HW.flatten()).nonzero().flatten().tolist())
+        if self.class_names[0] == "background":
+            present = [label for label in present if label != 0]
         if not present:
             return image.clone()
         palette = voc_palette(len(self.class_names))

@@ -1,17 +1,17 @@
-"""Average precision of one class by VOC's every-point rule."""
+"""Average precision of one class by VOC's rules."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["average_precision", "is_true_positive"]
+__all__ = ["Verdicts", "average_precision", "eleven_point", "judge"]
 
 _Floats = NDArray[np.floating[Any]]
 
 
 def average_precision(true_D: NDArray[np.bool_], num_boxes: int) -> float:
-    """Area under the precision-recall curve, precision made non-increasing from the right.
+    """Area under the precision-recall curve, precision made non-increasing from the right: VOC's rule since 2010.
 
     Args:
         true_D: for each detection, best first, whether it found a box.
@@ -29,29 +29,62 @@ def average_precision(true_D: NDArray[np.bool_], num_boxes: int) -> float:
     return float(envelope_D[true_D].sum() / num_boxes)
 
 
-def is_true_positive(detected_D4: _Floats, truth_G4: _Floats, threshold: float = 0.5) -> NDArray[np.bool_]:
+def eleven_point(true_D: NDArray[np.bool_], num_boxes: int) -> float:
+    """Mean over recalls of 0, 0.1, …, 1 of the best precision at that recall or a larger one: VOC's rule until 2009.
+
+    Args:
+        true_D: for each detection, best first, whether it found a box.
+        num_boxes: number of ground truth boxes.
+
+    Returns:
+        0..1; NaN without ground truth.
+    """
+    if num_boxes == 0:
+        return float("nan")
+    found_D = np.cumsum(true_D)
+    precision_D = found_D / np.arange(1, len(true_D) + 1)
+    # In whole boxes: 0.1 * 3 is more than 0.3.
+    best = [max(precision_D[10 * found_D >= tenth * num_boxes], default=0.0) for tenth in range(11)]
+    return float(sum(best) / 11)
+
+
+class Verdicts(NamedTuple):
+    """What the detections of one image and class are worth."""
+
+    true_D: NDArray[np.bool_]
+    """It has found a box."""
+    counted_D: NDArray[np.bool_]
+    """It counts: it has not found a box that nobody needs to find."""
+
+
+def judge(
+    detected_D4: _Floats, truth_G4: _Floats, difficult_G: NDArray[np.bool_] | None = None, threshold: float = 0.5
+) -> Verdicts:
     """Whether each detection of one image and class finds a box that no better detection has found.
 
-    As in VOC, a detection is compared with the box that it overlaps most, and counts as false if that box is taken.
+    As in VOC, a detection is compared with the box that it overlaps most, and counts as false if that box is taken; if
+    that box is difficult, it does not count at all.
 
     Args:
         detected_D4: corners, best first.
         truth_G4: corners of the ground truth; widths are differences, without VOC's extra pixel.
+        difficult_G: boxes that need not be found; None: all must.
         threshold: the least IoU.
-
-    Returns:
-        (D,) bool.
     """
-    true_D = np.zeros(len(detected_D4), dtype=np.bool_)
+    true_D, counted_D = np.zeros(len(detected_D4), dtype=np.bool_), np.ones(len(detected_D4), dtype=np.bool_)
     if len(truth_G4) == 0:
-        return true_D
+        return Verdicts(true_D, counted_D)
     iou_DG = _iou(detected_D4.astype(np.float64), truth_G4.astype(np.float64))
     taken = set()
     for i, best in enumerate(iou_DG.argmax(axis=1)):
-        if iou_DG[i, best] >= threshold and best not in taken:
+        if iou_DG[i, best] < threshold:
+            continue
+        if difficult_G is not None and difficult_G[best]:
+            counted_D[i] = False
+        elif best not in taken:
             taken.add(best)
             true_D[i] = True
-    return true_D
+    return Verdicts(true_D, counted_D)
 
 
 def _iou(a_D4: NDArray[np.float64], b_G4: NDArray[np.float64]) -> NDArray[np.float64]:

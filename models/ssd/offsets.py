@@ -11,12 +11,13 @@ _EPS = 1e-6
 _MAX_LOG_SIZE = 10.0  # 22,000 times the anchor: keeps a diverging network's boxes finite and changes no sensible one
 
 
-def encode(anchors_A4: Tensor, boxes_NA4: Tensor) -> Tensor:
-    """Offsets from anchors to boxes: d2l's ``offset_boxes``.
+def encode(anchors_A4: Tensor, boxes_NA4: Tensor, eps: float = _EPS) -> Tensor:
+    """Offsets from anchors to boxes: d2l's ``offset_boxes``; with an ``eps`` of 0 torchvision's ``BoxCoder``.
 
     Args:
         anchors_A4: corners of the anchors.
         boxes_NA4: corners of the box meant for each anchor; any leading dimensions.
+        eps: keeps the logarithm finite.
 
     Returns:
         (N, A, 4): ``10 * (centre - anchor's centre) / anchor's size``, ``5 * log(eps + size / anchor's size)``.
@@ -24,7 +25,7 @@ def encode(anchors_A4: Tensor, boxes_NA4: Tensor) -> Tensor:
     anchor_centre, anchor_size = _centre_and_size(anchors_A4)
     centre, size = _centre_and_size(boxes_NA4)
     xy = _CENTRE_SCALE * (centre - anchor_centre) / anchor_size
-    wh = _SIZE_SCALE * torch.log(_EPS + size / anchor_size)
+    wh = _SIZE_SCALE * torch.log(eps + size / anchor_size)
     return torch.cat((xy, wh), dim=-1)
 
 

@@ -1,7 +1,8 @@
-"""Object detection with TinySSD as a task."""
+"""Object detection as a task."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,24 +10,21 @@ from torch.utils.data import Dataset
 from torchvision.utils import draw_bounding_boxes
 
 from models.data.banana import BananaDetection, banana_classes
-from models.data.detection_transforms import DetectionTransform
+from models.data.coco_detection import CocoDetection, coco_classes
+from models.data.detection_transforms import Augmentation, DetectionTransform
+from models.data.pixels import RAW
 from models.data.spec import parse_data_spec
 from models.data.synthetic_detection import SHAPES, SyntheticDetection
 from models.data.voc_detection import VOCDetection, voc_classes
 from models.errors import TaskError
 from models.options import Recipe, TaskOptions
-from models.ssd.anchors import MIN_IMAGE_SIDE, anchors
-from models.ssd.detect import detect
-from models.ssd.loss import ssd_loss
-from models.ssd.matching import PADDING, Targets, build_targets
+from models.ssd.detectors import DETECTORS
+from models.ssd.matching import PADDING, Targets
 from models.ssd.metric import DetectionMetric, DetectionOutputs, anchor_errors
-from models.ssd.network import TinySSD
 from models.task import Batch, LossSum, Sample, Split
 
 __all__ = ["SSDTask"]
 
-_MODELS = ("tinyssd",)
-_IMAGE_SIZE = (256, 256)
 _DRAWN_SCORE = 0.3  # detections below it count for the metric, but clutter a picture
 
 
@@ -42,30 +40,29 @@ class SSDTask:
     """
 
     name = "ssd"
-    recipes: Mapping[str, Recipe] = {
-        "default": Recipe(
-            batch_size=32,
-            epochs=20,
-            lr=0.05,
-            momentum=0.9,
-            weight_decay=5e-4,
-            schedule="cosine",
-            warmup_steps=50,
-        ),
-        # "Dive into Deep Learning", section 14.7: plain SGD on pixels of 0..255, no augmentation.
-        "d2l": Recipe(batch_size=32, epochs=20, lr=0.2, weight_decay=5e-4),
-    }
 
     def __init__(self, options: TaskOptions) -> None:
-        if options.model not in (None, *_MODELS):
-            raise TaskError(f"task ssd has no model {options.model!r}: use one of {', '.join(_MODELS)}")
+        name = options.model or "tinyssd"
+        if name not in DETECTORS:
+            raise TaskError(f"task ssd has no model {name!r}: use one of {', '.join(DETECTORS)}")
+        self._detector = DETECTORS[name]
+        self.recipes: Mapping[str, Recipe] = self._detector.recipes
         if options.recipe not in self.recipes:
-            raise TaskError(f"task ssd has no recipe {options.recipe!r}: use one of {', '.join(self.recipes)}")
-        self._size = options.image_size or _IMAGE_SIZE
-        if min(self._size) < MIN_IMAGE_SIDE:
-            raise TaskError(f"image size {self._size[0]}x{self._size[1]} is below {MIN_IMAGE_SIDE}: TinySSD needs more")
+            raise TaskError(f"{name} has no recipe {options.recipe!r}: use one of {', '.join(self.recipes)}")
+        self._size = options.image_size or self._detector.image_size
+        if self._detector.fixed and self._size != self._detector.image_size:
+            raise TaskError(
+                "--image-size {}x{}: {name} takes images of {}x{} alone".format(
+                    *self._size, *self._detector.image_size, name=name
+                )
+            )
+        if min(self._size) < self._detector.min_side:
+            least = self._detector.min_side
+            raise TaskError(f"image size {self._size[0]}x{self._size[1]} is below {least}: {name} needs more")
+        if options.augment not in (None, *get_args(Augmentation)):
+            raise TaskError(f"--augment {options.augment!r}: ssd has {', '.join(get_args(Augmentation))}")
         self._options = options
-        self._spec = parse_data_spec(options.data)
+        self._spec = parse_data_spec(options.data, ("synthetic", "banana", "voc", "coco"))
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -76,22 +73,26 @@ class SSDTask:
             return SHAPES[:2]
         if self._spec.kind == "banana":
             return banana_classes(self._spec.path)
+        if self._spec.kind == "coco":
+            return coco_classes(self._spec.path, self._options.split_train)
         return voc_classes(self._spec.path, (self._options.split_train, self._options.split_val))
 
     def build_model(self) -> nn.Module:
-        """TinySSD with PyTorch's own initial weights, as in d2l."""
-        return TinySSD(len(self.classes))
+        """The network with random weights."""
+        return self._detector.build(len(self.classes))
 
     def build_dataset(self, split: Split) -> Dataset[Sample]:
-        """Samples with ``boxes``, (G, 4) float32 corners as parts of width and height, and ``labels``, (G,) int64."""
+        """Samples whose target is that of ``models.data.detection_sample``."""
         options, path = self._options, self._spec.path
-        transform = self._transform(augment=split == "train" and options.recipe != "d2l")
+        transform = self._transform(augment=split == "train")
         if self._spec.kind == "synthetic":
             length = options.synthetic_train if split == "train" else options.synthetic_val
             return SyntheticDetection(split, length, options.seed, transform, self.classes)
         if self._spec.kind == "banana":
             return BananaDetection(path, split, transform, self.classes)
         list_name = options.split_train if split == "train" else options.split_val
+        if self._spec.kind == "coco":
+            return CocoDetection(path, list_name, transform, self.classes, crowds=split == "val")
         return VOCDetection(path, list_name, transform, self.classes)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
@@ -99,29 +100,36 @@ class SSDTask:
         num_boxes = max(len(sample.target["labels"]) for sample in samples)
         boxes_NG4 = torch.zeros(len(samples), num_boxes, 4)
         labels_NG = torch.full((len(samples), num_boxes), PADDING, dtype=torch.int64)
+        difficult_NG = torch.zeros(len(samples), num_boxes, dtype=torch.bool)
         for i, sample in enumerate(samples):
             count = len(sample.target["labels"])
             boxes_NG4[i, :count] = sample.target["boxes"]
             labels_NG[i, :count] = sample.target["labels"]
+            difficult_NG[i, :count] = sample.target["difficult"]
         return Batch(
             images=torch.stack([sample.image for sample in samples]),
-            targets={"boxes": boxes_NG4, "labels": labels_NG},
+            targets={
+                "boxes": boxes_NG4,
+                "labels": labels_NG,
+                "difficult": difficult_NG,
+                "size": torch.stack([sample.target["size"] for sample in samples]),
+            },
             ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """d2l's loss, summed over images; the weight is their number."""
-        targets = _targets(batch)  # before the forward pass: a device then has the whole of it queued
+        """The network's own loss, as a sum."""
+        targets = self._targets(batch)  # before the forward pass: a device then has the whole of it queued
         scores_NAK, offsets_NA4 = model(batch.images)
-        return ssd_loss(scores_NAK, offsets_NA4, targets)
+        return self._detector.loss(scores_NAK, offsets_NA4, targets)
 
     def predict(self, model: nn.Module, batch: Batch) -> DetectionOutputs:
         """Detections of each image; with ground truth in the batch also the errors of its anchors."""
         scores_NAK, offsets_NA4 = model(batch.images)
-        found = detect(_anchors(batch), scores_NAK, offsets_NA4)
+        found = self._detector.detect(self._anchors(batch), scores_NAK, offsets_NA4)
         if "boxes" not in batch.targets:
             return DetectionOutputs(found, None)
-        return DetectionOutputs(found, anchor_errors(scores_NAK, offsets_NA4, _targets(batch)))
+        return DetectionOutputs(found, anchor_errors(scores_NAK, offsets_NA4, self._targets(batch)))
 
     def build_metric(self) -> DetectionMetric:
         """Average precision and d2l's errors."""
@@ -145,13 +153,14 @@ class SSDTask:
         return drawn
 
     def _transform(self, *, augment: bool) -> DetectionTransform:
-        return DetectionTransform(self._size, augment=augment, normalise=self._options.recipe != "d2l")
+        d2l = self._options.recipe == "d2l"
+        preset: Any = self._options.augment or ("none" if d2l else self._detector.augment)
+        pixels = RAW if d2l else self._detector.pixels
+        return DetectionTransform(self._size, augment=preset if augment else "none", pixels=pixels)
 
+    def _anchors(self, batch: Batch) -> Tensor:
+        height, width = batch.images.shape[-2:]
+        return self._detector.anchors(height, width, batch.images.device)
 
-def _anchors(batch: Batch) -> Tensor:
-    height, width = batch.images.shape[-2:]
-    return anchors(height, width, batch.images.device)
-
-
-def _targets(batch: Batch) -> Targets:
-    return build_targets(_anchors(batch), batch.targets["boxes"], batch.targets["labels"])
+    def _targets(self, batch: Batch) -> Targets:
+        return self._detector.targets(self._anchors(batch), batch.targets["boxes"], batch.targets["labels"])

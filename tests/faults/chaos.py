@@ -22,6 +22,8 @@ from tests.support.disturbed import ledger_of, rows_of
 from tests.support.processes import PUSHPULL, gone, ray_folders, shared_memory
 
 HANG_S = 300.0
+SLOW_S = 5.0
+"""A recovery that takes longer is told event by event."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "ssd": {"image_size": "64", "steps": 300, "slice_bytes": 1 << 14},
     "fcn": {"image_size": "48x64", "steps": 150},
@@ -107,10 +109,22 @@ def _disturb(dice: random.Random, task: str, out: Path, name: str, kills: int, t
         tally.kills[role] = tally.kills.get(role, 0) + 1
         after = [when for when in recovered if when > at]
         if role != "driver" and after:
+            cut_off = any(kind == "driver" and at < other < after[0] for kind, other in done)
+            if cut_off:  # the run that would have recovered is gone, and the next one has nothing to recover from
+                continue
             together = any(at != other and _overlap(at, other, after[0], recovered) for _, other in done)
+            if after[0] - at > SLOW_S:
+                _tell(folder, at, after[0], f"{role} killed")
             tally.recovery_s.setdefault(f"{role}, while another loss was open" if together else role, []).append(
                 after[0] - at
             )
+
+
+def _tell(folder: Path, begin: float, end: float, what: str) -> None:
+    print(f"  {what}, {end - begin:.1f} s until the next commit:")
+    for row in rows_of(folder, "events.jsonl"):
+        if begin - 1 < row["time"] <= end:
+            print(f"    {row['time'] - begin:6.2f} s  {row['text']}")
 
 
 def _overlap(at: float, other: float, until: float, recovered: list[float]) -> bool:

@@ -13,20 +13,20 @@ from models.errors import DataError
 
 
 def test_every_form_is_parsed(tmp_path: Path) -> None:
-    assert parse_data_spec("synthetic").kind == "synthetic"
-    assert parse_data_spec(f"voc:{tmp_path}") == DataSpec("voc", tmp_path)
+    assert parse_data_spec("synthetic", ("synthetic", "voc")).kind == "synthetic"
+    assert parse_data_spec(f"voc:{tmp_path}", ("voc",)) == DataSpec("voc", tmp_path)
     assert parse_data_spec(f"banana:{tmp_path}", ("banana",)) == DataSpec("banana", tmp_path)
 
 
 def test_a_path_may_hold_a_colon(tmp_path: Path) -> None:
     folder = tmp_path / "a:b"
     folder.mkdir()
-    assert parse_data_spec(f"voc:{folder}").path == folder
+    assert parse_data_spec(f"voc:{folder}", ("voc",)).path == folder
 
 
 def test_the_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert parse_data_spec("voc:~").path == tmp_path
+    assert parse_data_spec("voc:~", ("voc",)).path == tmp_path
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from PIL import Image
 
 from models.data.banana import BananaDetection, banana_classes
 from models.data.detection_transforms import DetectionTransform
+from models.data.pixels import RAW
 from models.errors import DataError
 
 HEADER = "img_name,label,xmin,ymin,xmax,ymax"
-PLAIN = DetectionTransform((64, 64), augment=False, normalise=False)
+PLAIN = DetectionTransform((64, 64), augment="none", pixels=RAW)
 SEALS = Path(__file__).parents[3] / "shared" / "data" / "seals"
 
 

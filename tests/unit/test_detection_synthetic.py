@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from models.data.detection_transforms import DetectionTransform
+from models.data.pixels import RAW
 from models.data.synthetic_detection import SyntheticDetection
 from models.errors import DataError
 
-PLAIN = DetectionTransform((64, 80), augment=False, normalise=False)
+PLAIN = DetectionTransform((64, 80), augment="none", pixels=RAW)
 
 
 def _dataset(split="train", length=64, seed=0, **options):

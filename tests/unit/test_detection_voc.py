@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 
 from models.data.detection_transforms import DetectionTransform
+from models.data.pixels import RAW
 from models.data.voc_classes import VOC_CLASSES
 from models.data.voc_detection import VOCDetection, voc_classes
 from models.errors import DataError
 
-PLAIN = DetectionTransform((64, 64), augment=False, normalise=False)
+PLAIN = DetectionTransform((64, 64), augment="none", pixels=RAW)
 BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd"
 
 

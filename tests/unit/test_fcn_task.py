@@ -49,11 +49,11 @@ def test_classes_come_from_the_data_or_the_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["default", "d2l"])
 def test_every_recipe_builds_its_task(name: str) -> None:
     task = FCNTask(TaskOptions(recipe=name))
-    assert recipe_of(task, name) is FCNTask.recipes[name]
+    assert recipe_of(task, name) is FCNTask(TaskOptions()).recipes[name]
 
 
 def test_the_d2l_recipe_makes_the_steps_of_d2l() -> None:
-    recipe = FCNTask.recipes["d2l"]
+    recipe = FCNTask(TaskOptions()).recipes["d2l"]
     assert recipe.lr / recipe.batch_size == pytest.approx(0.001)
     assert recipe.lr * recipe.weight_decay == pytest.approx(0.001 * 1e-3)
 

@@ -66,3 +66,29 @@ def test_normalise_uses_imagenets_statistics() -> None:
     image = torch.tensor([0, 255, 51], dtype=torch.uint8).view(3, 1, 1)
     expected = torch.tensor([(0 - 0.485) / 0.229, (1 - 0.456) / 0.224, (0.2 - 0.406) / 0.225])
     torch.testing.assert_close(normalise(image).flatten(), expected)
+
+
+def test_without_augmentation_the_middle_is_taken() -> None:
+    transform = SegmentationTransform("train", (32, 40), augment="none")
+    image, mask = _apply(transform, _picture(60, 80), 0)
+    assert torch.equal(mask, _picture(60, 80)[1][14:46, 20:60])
+    assert torch.equal(_apply(transform, _picture(60, 80), 1)[0], image)
+    small, mask = _apply(transform, _picture(20, 80), 0)
+    assert small.shape == (3, 32, 40)
+    assert (mask == VOID).any(dim=1).tolist() == [False] * 20 + [True] * 12
+
+
+def test_scale_jitter_moves_image_and_mask_together() -> None:
+    transform = SegmentationTransform("train", (32, 40), augment="scale")
+    mask_HW = torch.zeros(64, 80, dtype=torch.uint8)
+    mask_HW[:, 40:] = 200
+    sizes = set()
+    for seed in range(20):
+        image, mask = _apply(transform, (mask_HW.expand(3, -1, -1).contiguous(), mask_HW), seed)
+        assert image.shape == (3, 32, 40)
+        assert set(mask.unique().tolist()) <= {0, 200, VOID}, "labels are not mixed"
+        sizes.add(int((mask != VOID).sum()))
+        red = normalise(mask.expand(3, -1, -1))[0]
+        inside = mask != VOID
+        assert ((image[0] - red).abs() < 0.1)[inside].float().mean() > 0.8
+    assert len(sizes) > 1, "smaller images than the crop are padded"

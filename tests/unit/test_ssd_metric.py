@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.ssd.average_precision import average_precision, is_true_positive
+from models.ssd.average_precision import average_precision, eleven_point, judge
 from models.ssd.detect import Detections
 from models.ssd.matching import PADDING, build_targets
 from models.ssd.metric import AnchorErrors, DetectionMetric, DetectionOutputs, anchor_errors
@@ -26,7 +26,8 @@ def _output(detections, *, wrong=0, absolute=0.0):
 def _batch(image_id, truth):
     boxes = torch.tensor([box for box, _ in truth] + [[0.0] * 4])  # one row of padding
     labels = torch.tensor([label for _, label in truth] + [PADDING])
-    return Batch(torch.zeros(1, 3, 1, 1), {"boxes": boxes[None], "labels": labels[None]}, torch.tensor([image_id]))
+    targets = {"boxes": boxes[None], "labels": labels[None], "difficult": torch.zeros(1, len(labels), dtype=torch.bool)}
+    return Batch(torch.zeros(1, 3, 1, 1), {**targets, "size": torch.tensor([[200, 300]])}, torch.tensor([image_id]))
 
 
 @pytest.mark.parametrize(
@@ -43,18 +44,44 @@ def test_average_precision_worked_by_hand(true, num_boxes, expected):
     assert average_precision(np.array(true, dtype=bool), num_boxes) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("true", "num_boxes", "expected"),
+    [
+        ([], 2, 0.0),
+        ([True, True], 2, 1.0),
+        # Precision 1 up to recall 1/2 (0 to 0.5), 2/3 up to recall 1 (0.6 to 1).
+        ([True, False, True], 2, (6 * 1 + 5 * 2 / 3) / 11),
+        # Recall 3/10 is reached with precision 1: 0, 0.1, 0.2 and 0.3 itself; then nothing.
+        ([True, True, True], 10, 4 / 11),
+    ],
+)
+def test_eleven_points_worked_by_hand(true, num_boxes, expected):
+    assert eleven_point(np.array(true, dtype=bool), num_boxes) == pytest.approx(expected)
+
+
+def test_a_difficult_box_need_not_be_found_and_finding_it_does_not_count():
+    verdicts = judge(np.array([A, B, C]), np.array([A, B]), np.array([False, True]))
+    assert verdicts.true_D.tolist() == [True, False, False]
+    assert verdicts.counted_D.tolist() == [True, False, True]
+    metric = DetectionMetric(["x"])
+    batch = _batch(0, [(A, 0), (B, 0)])
+    batch.targets["difficult"] = torch.tensor([[False, True, False]])
+    metric.update(_output([(B, 0.9, 0), (A, 0.8, 0)]), batch)
+    assert metric.compute()["ap50"] == metric.compute()["ap50_11point"] == 1.0
+
+
 def test_no_ground_truth_is_not_a_number():
     assert math.isnan(average_precision(np.array([False]), 0))
 
 
 def test_a_box_is_found_once():
     shifted = [0.1, 0.1, 0.3, 0.28]
-    assert is_true_positive(np.array([A, shifted, B]), np.array([A, B])).tolist() == [True, False, True]
+    assert judge(np.array([A, shifted, B]), np.array([A, B])).true_D.tolist() == [True, False, True]
 
 
 def test_overlap_of_exactly_half_counts_without_an_extra_pixel():
-    assert is_true_positive(np.array([[0.0, 0.0, 1.0, 0.5]]), np.array([[0.0, 0.0, 1.0, 1.0]])).all()
-    assert not is_true_positive(np.array([[0.0, 0.0, 1.0, 0.49]]), np.array([[0.0, 0.0, 1.0, 1.0]])).any()
+    assert judge(np.array([[0.0, 0.0, 1.0, 0.5]]), np.array([[0.0, 0.0, 1.0, 1.0]])).true_D.all()
+    assert not judge(np.array([[0.0, 0.0, 1.0, 0.49]]), np.array([[0.0, 0.0, 1.0, 1.0]])).true_D.any()
 
 
 def test_compute_worked_by_hand():
@@ -72,7 +99,8 @@ def test_compute_worked_by_hand():
 
 def test_one_class_has_no_values_by_class_and_nothing_seen_is_not_a_number():
     values = DetectionMetric(["x"]).compute()
-    assert values.keys() == {"ap50", "class_error", "box_mae"}
+    assert values.keys() >= {"ap50", "ap50_11point", "class_error", "box_mae"}
+    assert not any("/" in name for name in values)
     assert all(math.isnan(value) for value in values.values())
 
 
@@ -93,14 +121,14 @@ def test_any_order_of_merges_through_pickles_gives_the_same_value():
         for part in order:
             whole.merge(pickle.loads(part))
         values.append(whole.compute())
-    assert all(value == values[0] for value in values)
+    assert len({repr(value) for value in values}) == 1, "NaN is not equal to itself"
 
 
 def test_an_image_seen_twice_counts_once():
     once, twice = DetectionMetric(["x"]), DetectionMetric(["x"])
     for metric in (once, twice, twice):
         metric.update(_output([(A, 0.9, 0)], wrong=2), _batch(5, [(A, 0)]))
-    assert once.compute() == twice.compute()
+    assert repr(once.compute()) == repr(twice.compute())
 
 
 def test_anchor_errors_are_the_books():

@@ -1,0 +1,146 @@
+"""Image classification as a task."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.utils import draw_bounding_boxes
+
+from models.classify.metric import ClassificationMetric, Scores
+from models.classify.networks import build_network, default_size, list_networks
+from models.data.classification import (
+    CIFAR_CLASSES,
+    SYNTHETIC_LABELS,
+    Cifar10,
+    ClassFolders,
+    SyntheticClassification,
+    folder_classes,
+)
+from models.data.classification_transforms import ClassificationTransform
+from models.data.spec import parse_data_spec
+from models.errors import TaskError
+from models.options import Recipe, TaskOptions
+from models.task import Batch, LossSum, Sample, Split
+
+__all__ = ["ClassifyTask"]
+
+_AUXILIARY = 0.3
+"""Weight of the loss of an auxiliary head: Szegedy et al., CVPR 2015, section 5."""
+
+
+class ClassifyTask:
+    """Implements ``models.task.Task`` and ``Drawable``.
+
+    Args:
+        options: ``model`` is ``lenet`` (the default) or a network of torchvision's; ``data`` is ``synthetic``,
+            ``folder:PATH`` or ``cifar10:PATH``.
+
+    Raises:
+        TaskError: if the model or the recipe does not exist.
+        DataError: if ``--data`` is not understood or its folder is missing.
+    """
+
+    name = "classify"
+    recipes: Mapping[str, Recipe] = {
+        "default": Recipe(
+            batch_size=64, epochs=30, lr=0.02, momentum=0.9, weight_decay=5e-4, schedule="cosine", warmup_steps=50
+        ),
+        # For --weights: small steps, and ten times as large ones for what is new.
+        "finetune": Recipe(
+            batch_size=64,
+            epochs=10,
+            lr=0.002,
+            momentum=0.9,
+            weight_decay=1e-4,
+            schedule="cosine",
+            lr_factors=(("fc.*", 10.0), ("classifier.*", 10.0), ("heads.*", 10.0)),
+        ),
+    }
+
+    def __init__(self, options: TaskOptions) -> None:
+        self._model = options.model or "lenet"
+        if self._model not in list_networks():
+            raise TaskError(
+                f"classify has no model {self._model!r}: use lenet, or one of torchvision such as resnet18, vgg16, "
+                "mobilenet_v3_small, efficientnet_b0, vit_b_16"
+            )
+        if options.recipe not in self.recipes:
+            raise TaskError(f"classify has no recipe {options.recipe!r}: use one of {', '.join(self.recipes)}")
+        if options.augment not in (None, "none", "crop"):
+            raise TaskError(f"--augment {options.augment!r}: classify has none, crop")
+        side = default_size(self._model)
+        self._size = options.image_size or (side, side)
+        if self._model == "lenet" and self._size != (side, side):
+            raise TaskError(f"--image-size {self._size[0]}x{self._size[1]}: lenet takes images of {side}x{side} alone")
+        self._options = options
+        self._spec = parse_data_spec(options.data, ("synthetic", "folder", "cifar10"))
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their labels; may read the data."""
+        if self._options.classes is not None:
+            return self._options.classes
+        if self._spec.kind == "synthetic":
+            return SYNTHETIC_LABELS
+        return CIFAR_CLASSES if self._spec.kind == "cifar10" else folder_classes(self._spec.path)
+
+    def build_model(self) -> nn.Module:
+        """The network with random weights."""
+        return build_network(self._model, len(self.classes), self._size)
+
+    def build_dataset(self, split: Split) -> Dataset[Sample]:
+        """Samples with ``label``, an int64 scalar."""
+        options, path = self._options, self._spec.path
+        transform = self._transform(augment=split == "train" and options.augment != "none")
+        if self._spec.kind == "synthetic":
+            length = options.synthetic_train if split == "train" else options.synthetic_val
+            return SyntheticClassification(split, length, options.seed, self._size, transform)
+        if self._spec.kind == "cifar10":
+            return Cifar10(path, split, transform)
+        return ClassFolders(path, split, transform, self.classes)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Stack images and labels."""
+        return Batch(
+            images=torch.stack([sample.image for sample in samples]),
+            targets={"label": torch.stack([sample.target["label"] for sample in samples])},
+            ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        """Cross-entropy summed over the images, with that of auxiliary heads; the weight is their number."""
+        outputs = model(batch.images)
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        labels_N = batch.targets["label"]
+        total = F.cross_entropy(logits.float(), labels_N, reduction="sum")
+        for extra in auxiliary:
+            if extra is not None:
+                total = total + _AUXILIARY * F.cross_entropy(extra.float(), labels_N, reduction="sum")
+        return LossSum(total, torch.tensor(len(batch), dtype=torch.float64, device=total.device))
+
+    def predict(self, model: nn.Module, batch: Batch) -> Scores:
+        """Probabilities of the classes."""
+        return Scores(model(batch.images).float().softmax(dim=1))
+
+    def build_metric(self) -> ClassificationMetric:
+        """Nothing counted yet."""
+        return ClassificationMetric(self.classes)
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """From a decoded (3, H, W) uint8 image to the (3, h, w) float32 that the model takes."""
+        return self._transform(augment=False)(image)
+
+    def draw(self, image: Tensor, outputs: Scores, index: int) -> Tensor:
+        """A copy of the (3, H, W) uint8 ``image`` with the likeliest class and its probability."""
+        probability, label = outputs.probabilities_NK[index].max(dim=0)
+        height, width = image.shape[-2:]
+        frame = torch.tensor([[0, 0, width - 1, height - 1]])
+        text = f"{self.classes[int(label)]} {float(probability):.2f}"
+        drawn: Tensor = draw_bounding_boxes(image, frame, labels=[text], colors="red", width=1)
+        return drawn
+
+    def _transform(self, *, augment: bool) -> ClassificationTransform:
+        return ClassificationTransform(self._size, augment=augment)
