@@ -16,5 +16,5 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         value = state[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         # Viewed as bytes, since NumPy knows no bfloat16; every machine torch runs on is little-endian.
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from paramserver.errors import ReplicaMismatch
-from paramserver.partition import BUFFERS, Partition
+from paramserver.partition import BUFFERS, Key, Partition
 from paramserver.residuals import Residuals
 
 __all__ = ["ServerSnapshot", "SliceSnapshot", "State", "assemble", "slice_optimizer_state"]
@@ -88,8 +88,10 @@ def _optimizer_by_key(partition: Partition, slices: Mapping[int, SliceSnapshot])
             if value.ndim == 0:
                 for key, _, _ in partition.pieces[piece.index]:
                     by_key.setdefault(key.name, {})[name] = value
-            else:
-                flats.setdefault(name, torch.zeros(partition.length))[piece.start : piece.stop] = value
+                continue
+            if name not in flats:
+                flats[name] = torch.zeros(partition.length)
+            flats[name][piece.start : piece.stop] = value
     for name, flat in flats.items():
         for key in partition.keys:
             if key.group != BUFFERS:
@@ -106,9 +108,17 @@ def slice_optimizer_state(partition: Partition, index: int, state: State) -> dic
             if value.ndim == 0 and key.numel and name == "step":
                 cut[name] = value
                 continue
-            # The slice sees the key's memory order, which is not row-major under channels_last.
-            flat = torch.empty(key.numel)
-            flat.as_strided(key.shape, key.stride).copy_(value)
             first = piece.start + start - key.offset
-            cut.setdefault(name, torch.zeros(piece.numel))[start:stop] = flat[first : first + stop - start]
+            if name not in cut:
+                cut[name] = torch.zeros(piece.numel)
+            cut[name][start:stop] = _in_memory_order(key, value)[first : first + stop - start]
     return cut
+
+
+def _in_memory_order(key: Key, value: Tensor) -> Tensor:
+    """A key's tensor as its slices see it: (numel,), not row-major under channels_last."""
+    if value.is_contiguous() and value.stride() == key.stride:
+        return value.view(-1)  # no copy of a large key for each of its slices
+    flat = torch.empty(key.numel)
+    flat.as_strided(key.shape, key.stride).copy_(value)
+    return flat

@@ -71,7 +71,7 @@ OPTIONS = {
     "--freeze nosuch.*": "pattern 'nosuch.*' fits none of the model's",
     "--freeze *": "every parameter is frozen: nothing is left to train",
     "--data voc:/no/such/folder": "--data voc:/no/such/folder: no such folder",
-    "--data coco:/": "--data 'coco:/' is not understood here: use one of synthetic, banana:PATH, voc:PATH",
+    "--data cvat:/": "--data 'cvat:/' is not understood here: use one of synthetic, banana:PATH, voc:PATH, coco:PATH",
     "--resume /no/such/run": "/no/such/run: no checkpoint there; name a run folder or a folder checkpoints/step_N",
 }
 
@@ -122,7 +122,8 @@ def test_task_file(text: str | None, message: str, tmp_path: Path, refused: Fail
 
 
 def test_task_that_does_not_exist(refused: Fails) -> None:
-    assert "unknown task 'yolo': use one of ssd, fcn, or path/to/file.py:ClassName" in refused("train", "yolo", *TINY)
+    complaint = refused("train", "yolo", *TINY)
+    assert "unknown task 'yolo': use one of ssd, fcn, classify, or path/to/file.py:ClassName" in complaint
 
 
 def test_out_that_cannot_be_written(tmp_path: Path, fails: Fails) -> None:
