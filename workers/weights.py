@@ -109,11 +109,13 @@ def _renamed(key: str, aliases: Mapping[str, str]) -> str:
 
 
 def _best_prefix(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
-    counts: dict[str, int] = {"": 0}
-    for key, value in stored.items():
-        for name, mine in own.items():
-            prefix = name.removesuffix(key)
-            if (prefix == "" or (prefix != name and prefix.endswith("."))) and mine.numel() == value.numel():
+    counts = {"": 0}
+    for name, mine in own.items():
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            found = stored.get(".".join(parts[depth:]))
+            if found is not None and found.numel() == mine.numel():
+                prefix = "".join(f"{part}." for part in parts[:depth])
                 counts[prefix] = counts.get(prefix, 0) + 1
     return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)))
 

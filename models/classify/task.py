@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.utils import draw_bounding_boxes
 
+from models.choices import check_choice
 from models.classify.metric import ClassificationMetric, Scores
 from models.classify.networks import build_network, default_size, list_networks
 from models.data.classification import (
@@ -67,10 +68,8 @@ class ClassifyTask:
                 f"classify has no model {self._model!r}: use lenet, or one of torchvision such as resnet18, vgg16, "
                 "mobilenet_v3_small, efficientnet_b0, vit_b_16"
             )
-        if options.recipe not in self.recipes:
-            raise TaskError(f"classify has no recipe {options.recipe!r}: use one of {', '.join(self.recipes)}")
-        if options.augment not in (None, "none", "crop"):
-            raise TaskError(f"--augment {options.augment!r}: classify has none, crop")
+        check_choice("classify has no recipe", options.recipe, self.recipes)
+        check_choice("classify has no --augment", options.augment or "none", ("none", "crop"))
         side = default_size(self._model)
         self._size = options.image_size or (side, side)
         if self._model == "lenet" and self._size != (side, side):

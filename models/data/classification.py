@@ -12,6 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from models.data.classification_transforms import ClassificationTransform
 from models.data.images import read_image
+from models.data.synthetic import Synthetic
 from models.data.synthetic_detection import SHAPES, draw_shapes
 from models.errors import DataError
 from models.task import Sample, Split
@@ -21,7 +22,6 @@ __all__ = ["CIFAR_CLASSES", "SYNTHETIC_LABELS", "Cifar10", "ClassFolders", "Synt
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SYNTHETIC_LABELS = ("nothing", *SHAPES)
 """What is largest in a synthetic image."""
-_SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 def folder_classes(root: Path) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ class Cifar10(Dataset[Sample]):
         return _sample(self._transform(pixels), int(self._data.targets[index]), index)
 
 
-class SyntheticClassification(Dataset[Sample]):
+class SyntheticClassification(Synthetic):
     """The images of ``SyntheticDetection`` with all three shapes; the class is that of the largest one, or nothing.
 
     Args:
@@ -116,18 +116,12 @@ class SyntheticClassification(Dataset[Sample]):
     def __init__(
         self, split: Split, length: int, seed: int, size: tuple[int, int], transform: ClassificationTransform
     ) -> None:
-        self._key = (seed % 2**64, _SPLITS.index(split))
-        self._length = length
+        super().__init__(split, length, seed)
         self._size = size
         self._transform = transform
 
-    def __len__(self) -> int:
-        return self._length
-
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        rng = np.random.default_rng([*self._key, index])
+        rng = self._generator(index)
         pixels, boxes, labels = draw_shapes(rng, *self._size, len(SHAPES))
         sides = [x2 - x1 for x1, _, x2, _ in boxes]
         label = 1 + labels[sides.index(max(sides))] if sides else 0

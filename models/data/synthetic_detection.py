@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from models.data.detection_sample import detection_sample
 from models.data.detection_transforms import DetectionTransform
+from models.data.synthetic import Synthetic
 from models.errors import DataError
 from models.task import Sample, Split
 
@@ -19,11 +19,10 @@ SHAPES = ("disc", "square", "triangle")
 _COLOURS = np.array([(220, 50, 40), (40, 80, 220), (40, 200, 60)], dtype=np.int64)
 _EMPTY = 1 / 8  # part of the images that show nothing
 _MAX_SHAPES = 3
-_SPLITS: tuple[Split, ...] = ("train", "val")
 _Pixels = NDArray[np.uint8]
 
 
-class SyntheticDetection(Dataset[Sample]):
+class SyntheticDetection(Synthetic):
     """Shapes on a noisy background: one to three in an image, none in one image of eight.
 
     Image ``index`` depends on nothing but the seed, the split and the index.
@@ -45,17 +44,11 @@ class SyntheticDetection(Dataset[Sample]):
         if not 0 < len(classes) <= len(SHAPES):
             raise DataError(f"the synthetic source draws {len(SHAPES)} shapes: name 1 to {len(SHAPES)} classes")
         self.classes = classes
-        self._key = (seed % 2**64, _SPLITS.index(split))
-        self._length = length
+        super().__init__(split, length, seed)
         self._transform = transform
 
-    def __len__(self) -> int:
-        return self._length
-
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        rng = np.random.default_rng([*self._key, index])
+        rng = self._generator(index)
         pixels, boxes, labels = draw_shapes(rng, *self._transform.size, len(self.classes))
         corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
         known = np.array(labels, dtype=np.int64)

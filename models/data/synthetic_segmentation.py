@@ -3,9 +3,9 @@
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset
 
 from models.data.segmentation_transforms import SegmentationTransform
+from models.data.synthetic import Synthetic
 from models.data.voc_classes import VOID
 from models.task import Sample, Split
 
@@ -23,7 +23,7 @@ _Ints = npt.NDArray[np.int64]
 _Bytes = npt.NDArray[np.uint8]
 
 
-class SyntheticSegmentation(Dataset[Sample]):
+class SyntheticSegmentation(Synthetic):
     """0 to 3 shapes on a textured background; one picture in 16 has no labelled pixel at all.
 
     Only integers are drawn and computed, so a picture has the same bytes on every machine.
@@ -39,19 +39,13 @@ class SyntheticSegmentation(Dataset[Sample]):
     def __init__(
         self, split: Split, length: int, image_size: tuple[int, int], seed: int, transform: SegmentationTransform
     ) -> None:
-        self._stream = (seed, 0 if split == "train" else 1)
-        self._length = length
+        super().__init__(split, length, seed)
         self._image_size = image_size
         self._transform = transform
 
-    def __len__(self) -> int:
-        return self._length
-
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; its target ``mask`` is (H, W) uint8."""
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        rng = np.random.default_rng([*self._stream, index])
+        rng = self._generator(index)
         image_HW3 = _background(rng, self._image_size)
         mask_HW = np.zeros(self._image_size, dtype=np.uint8)
         for _ in range(rng.integers(0, 4)):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-__all__ = ["FCN", "MIN_SIZE", "bilinear_kernel", "check_size"]
+__all__ = ["FCN", "MIN_SIZE", "FullyConvolutional", "bilinear_kernel", "check_size"]
 
 MIN_SIZE = 32
 """Smallest height and width of an image in pixels: one cell of the last feature map."""
@@ -15,7 +15,30 @@ _STRIDE = 32
 _BACKBONE_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
 
-class FCN(nn.Module):
+class FullyConvolutional(nn.Module):
+    """Scores every pixel; what a subclass computes may reach beyond the images at the bottom and right."""
+
+    def forward(self, images_N3HW: Tensor) -> Tensor:
+        """Class scores of every pixel.
+
+        Args:
+            images_N3HW: float, height and width of at least 32.
+
+        Returns:
+            ``logits_NKHW`` of the images' size.
+
+        Raises:
+            ValueError: if the images are smaller than 32 pixels.
+        """
+        height, width = images_N3HW.shape[-2:]
+        check_size(height, width)
+        return self._logits(images_N3HW)[..., :height, :width]
+
+    def _logits(self, images_N3HW: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class FCN(FullyConvolutional):
     """FCN-32s on ResNet-18, initialised as in Dive into Deep Learning, section 14.11, but never downloaded.
 
     Source: Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015.
@@ -40,24 +63,11 @@ class FCN(nn.Module):
         with torch.no_grad():
             self.upsample.weight.copy_(bilinear_kernel(num_classes, 2 * _STRIDE))
 
-    def forward(self, images_N3HW: Tensor) -> Tensor:
-        """Class scores of every pixel.
-
-        Args:
-            images_N3HW: float, height and width of at least 32.
-
-        Returns:
-            ``logits_NKHW`` of the images' size.
-
-        Raises:
-            ValueError: if the images are smaller than 32 pixels.
-        """
-        height, width = images_N3HW.shape[-2:]
-        check_size(height, width)
+    def _logits(self, images_N3HW: Tensor) -> Tensor:
         scores_NKhw = self.classifier(self.backbone(images_N3HW))  # h = ceil(H / 32)
+        # Of other sizes than multiples of 32 up to 31 pixels too many.
         logits_NKHW: Tensor = self.upsample(scores_NKhw)
-        # Other sizes than multiples of 32 come out up to 31 pixels too large.
-        return logits_NKHW[..., :height, :width]
+        return logits_NKHW
 
 
 def check_size(height: int, width: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.utils import draw_segmentation_masks
 
+from models.choices import check_choice
 from models.data.mask_folders import MaskFolders, read_label_table
 from models.data.segmentation_transforms import Augmentation, SegmentationTransform, normalise
 from models.data.spec import parse_data_spec
@@ -44,14 +45,11 @@ class FCNTask:
 
     def __init__(self, options: TaskOptions) -> None:
         name = options.model or "fcn_resnet18"
-        if name not in NETWORKS:
-            raise TaskError(f"fcn has no model {name!r}: use one of {', '.join(NETWORKS)}")
+        check_choice("fcn has no model", name, NETWORKS)
         self._network = NETWORKS[name]
         self.recipes: Mapping[str, Recipe] = self._network.recipes
-        if options.recipe not in self.recipes:
-            raise TaskError(f"{name} has no recipe {options.recipe!r}: use one of {', '.join(self.recipes)}")
-        if options.augment not in (None, *get_args(Augmentation)):
-            raise TaskError(f"--augment {options.augment!r}: fcn has {', '.join(get_args(Augmentation))}")
+        check_choice(f"{name} has no recipe", options.recipe, self.recipes)
+        check_choice("fcn has no --augment", options.augment or "none", get_args(Augmentation))
         self._options = options
         self._spec = parse_data_spec(options.data, ("synthetic", "voc", "masks"))
         self._image_size = options.image_size or _IMAGE_SIZE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
-from models.fcn.network import bilinear_kernel, check_size
+from models.fcn.network import FullyConvolutional, bilinear_kernel
 
 __all__ = ["FCNVGG"]
 
@@ -22,7 +22,7 @@ _POOL_CHANNELS = {3: 256, 4: 512}
 _HIDDEN = 4096
 
 
-class FCNVGG(nn.Module):
+class FCNVGG(FullyConvolutional):
     """VGG16 with fc6 and fc7 as convolutions; scores of coarser maps are upsampled and added to those of finer ones.
 
     The keys below ``features.`` are those of torchvision's ``vgg16``; ``fc6`` and ``fc7`` are its ``classifier.0`` and
@@ -61,20 +61,7 @@ class FCNVGG(nn.Module):
         for parameter in self.skip_scores.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, images_N3HW: Tensor) -> Tensor:
-        """Class scores of every pixel.
-
-        Args:
-            images_N3HW: float, height and width of at least 32.
-
-        Returns:
-            ``logits_NKHW`` of the images' size.
-
-        Raises:
-            ValueError: if the images are smaller than 32 pixels.
-        """
-        height, width = images_N3HW.shape[-2:]
-        check_size(height, width)
+    def _logits(self, images_N3HW: Tensor) -> Tensor:
         *finer, coarsest = self._pools(images_N3HW)
         hidden = self.dropout(torch.relu(self.fc6(coarsest)))
         hidden = self.dropout(torch.relu(self.fc7(hidden)))
@@ -83,7 +70,7 @@ class FCNVGG(nn.Module):
             up_NKhw = self.upsample_skips[name](scores_NKhw)
             scores_NKhw = up_NKhw[..., : pool.shape[-2], : pool.shape[-1]] + score(pool)
         logits_NKHW: Tensor = self.upsample(scores_NKhw)
-        return logits_NKHW[..., :height, :width]
+        return logits_NKHW
 
     def _pools(self, images_N3HW: Tensor) -> Iterator[Tensor]:
         """The maps that are scored, finest first."""

@@ -22,8 +22,7 @@ def average_precision(true_D: NDArray[np.bool_], num_boxes: int) -> float:
     """
     if num_boxes == 0:
         return float("nan")
-    found_D = np.cumsum(true_D)
-    precision_D = found_D / np.arange(1, len(true_D) + 1)
+    _, precision_D = _found_and_precision(true_D)
     envelope_D = np.maximum.accumulate(precision_D[::-1])[::-1]
     # Recall rises by 1 / num_boxes at each true positive, and stays between them.
     return float(envelope_D[true_D].sum() / num_boxes)
@@ -41,11 +40,16 @@ def eleven_point(true_D: NDArray[np.bool_], num_boxes: int) -> float:
     """
     if num_boxes == 0:
         return float("nan")
-    found_D = np.cumsum(true_D)
-    precision_D = found_D / np.arange(1, len(true_D) + 1)
+    found_D, precision_D = _found_and_precision(true_D)
     # In whole boxes: 0.1 * 3 is more than 0.3.
     best = [max(precision_D[10 * found_D >= tenth * num_boxes], default=0.0) for tenth in range(11)]
     return float(sum(best) / 11)
+
+
+def _found_and_precision(true_D: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Boxes found so far, and their part of the detections so far."""
+    found_D = np.cumsum(true_D, dtype=np.int64)
+    return found_D, found_D / np.arange(1, len(true_D) + 1)
 
 
 class Verdicts(NamedTuple):

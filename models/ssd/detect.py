@@ -53,8 +53,7 @@ def detect(
     for best_A, label_A, boxes_A4 in zip(best_NA, label_NA, boxes_NA4, strict=True):
         (above_C,) = torch.nonzero(best_A > score_threshold, as_tuple=True)
         scores_C, labels_C, boxes_C4 = best_A[above_C], label_A[above_C], boxes_A4[above_C]
-        keep_D = batched_nms(boxes_C4, scores_C, labels_C, iou_threshold)[:max_detections]
-        found.append(Detections(boxes_C4[keep_D], scores_C[keep_D], labels_C[keep_D]))
+        found.append(_without_overlaps(Detections(boxes_C4, scores_C, labels_C), iou_threshold, max_detections))
     return found
 
 
@@ -91,6 +90,12 @@ def detect_by_class(
     for best_KC, box_KC, boxes_A4 in zip(best_NKC, box_NKC, boxes_NA4, strict=True):
         above_KC = best_KC > score_threshold
         scores_C, labels_C, boxes_C4 = best_KC[above_KC], label_KC[above_KC], boxes_A4[box_KC[above_KC]]
-        keep_D = batched_nms(boxes_C4, scores_C, labels_C, iou_threshold)[:max_detections]
-        found.append(Detections(boxes_C4[keep_D], scores_C[keep_D], labels_C[keep_D]))
+        found.append(_without_overlaps(Detections(boxes_C4, scores_C, labels_C), iou_threshold, max_detections))
     return found
+
+
+def _without_overlaps(candidates: Detections, iou_threshold: float, count: int) -> Detections:
+    """The best that do not overlap a better one of their class."""
+    keep_D = batched_nms(*candidates, iou_threshold)[:count]
+    boxes_C4, scores_C, labels_C = candidates
+    return Detections(boxes_C4[keep_D], scores_C[keep_D], labels_C[keep_D])

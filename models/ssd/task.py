@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.utils import draw_bounding_boxes
 
+from models.choices import check_choice
 from models.data.banana import BananaDetection, banana_classes
 from models.data.coco_detection import CocoDetection, coco_classes
 from models.data.detection_transforms import Augmentation, DetectionTransform
@@ -43,12 +44,10 @@ class SSDTask:
 
     def __init__(self, options: TaskOptions) -> None:
         name = options.model or "tinyssd"
-        if name not in DETECTORS:
-            raise TaskError(f"task ssd has no model {name!r}: use one of {', '.join(DETECTORS)}")
+        check_choice("task ssd has no model", name, DETECTORS)
         self._detector = DETECTORS[name]
         self.recipes: Mapping[str, Recipe] = self._detector.recipes
-        if options.recipe not in self.recipes:
-            raise TaskError(f"{name} has no recipe {options.recipe!r}: use one of {', '.join(self.recipes)}")
+        check_choice(f"{name} has no recipe", options.recipe, self.recipes)
         self._size = options.image_size or self._detector.image_size
         if self._detector.fixed and self._size != self._detector.image_size:
             raise TaskError(
@@ -59,8 +58,7 @@ class SSDTask:
         if min(self._size) < self._detector.min_side:
             least = self._detector.min_side
             raise TaskError(f"image size {self._size[0]}x{self._size[1]} is below {least}: {name} needs more")
-        if options.augment not in (None, *get_args(Augmentation)):
-            raise TaskError(f"--augment {options.augment!r}: ssd has {', '.join(get_args(Augmentation))}")
+        check_choice("task ssd has no --augment", options.augment or "none", get_args(Augmentation))
         self._options = options
         self._spec = parse_data_spec(options.data, ("synthetic", "banana", "voc", "coco"))
 
