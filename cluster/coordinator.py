@@ -6,7 +6,6 @@ are dealt anew, and workers go on from the committed version. Since a version do
 bits are those of a run that nobody disturbed.
 """
 
-import re
 import statistics
 import time
 from collections import deque
@@ -16,13 +15,14 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from cluster.causes import cause_of, lost
 from cluster.config import ClusterConfig
 from cluster.crew import Crew
 from cluster.events import Event, Process
+from cluster.failure_detector import FailureDetector
 from cluster.members import Member
 from cluster.placement import resources
 from cluster.reports import Merger
-from models.errors import TaskError
 from models.registry import TaskSource
 from paramserver.errors import PushPullError, ServerLost, StaleContribution, StepTimeout, VersionGone, WorkerLost
 from paramserver.partition import Partition
@@ -66,6 +66,7 @@ class Coordinator:
         self._config = config
         self._on_event: Callable[[Event], None] = lambda event: on_event(event, self.processes)
         self._crew = Crew(source, config, partition, state, restore or (lambda: state), self._on_event)
+        self._detector = FailureDetector(self._crew.members, notes=config.transport != "ray")
         self._streams: dict[Any, tuple[int, Member]] = {}
         self._merger = Merger(MinibatchPlan(config.worker.plan, config.num_samples), state.version)
         self._quiet_since = time.monotonic()
@@ -73,6 +74,8 @@ class Coordinator:
         self._stop_requested: Callable[[], bool] = lambda: False
         self._stopping = False
         self._leaving = False
+        self._died_at = -1
+        """Version from which the run went on after the last loss."""
         self._least = 0
         """Workers that the next generation waits for."""
         self._failure: WorkerLost | None = None
@@ -111,7 +114,7 @@ class Coordinator:
             self._crew.servers.open()
             self._crew.group()
         except ray.exceptions.RayError as error:
-            raise _cause(error) or ServerLost(f"a server died at the start: {error}") from None
+            raise cause_of(error) or ServerLost(f"a server died at the start: {error}") from None
 
     def _await(self, member: Member, deadline: float) -> None:
         try:
@@ -122,7 +125,7 @@ class Coordinator:
                 f"the cluster has {resources(ray.cluster_resources())}, free are {resources(ray.available_resources())}"
             ) from None
         except ray.exceptions.RayError as error:
-            raise _cause(error) or _lost(member) from None
+            raise cause_of(error) or lost(member) from None
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -171,7 +174,6 @@ class Coordinator:
         if not isinstance(whole, StepReport):
             return
         self._crew.roundings.keep(whole)
-        self._crew.members.deaths.clear()
         if whole.step_ms == whole.step_ms:  # not NaN: somebody lives to tell
             self._step_s.append(1e-3 * whole.step_ms)
         if (lost_at := self._crew.members.lost_at) is not None and whole.commit.generation == self._crew.generation:
@@ -251,7 +253,7 @@ class Coordinator:
 
     def _hear(self, error: ray.exceptions.RayError, generation: int, member: Member) -> None:
         """A worker's run has ended with an error: is it a matter of the membership, or the run's?"""
-        cause = _cause(error)
+        cause = cause_of(error)
         if cause is None:
             self._crew.bury(member, "died", self._merger.emitted + 1)
         if generation == self._crew.generation:  # what is wrong with the run itself will be wrong again
@@ -285,17 +287,11 @@ class Coordinator:
         Raises:
             StepTimeout: if nobody can be found.
         """
-        step, crew = self._merger.emitted + 1, self._crew
-        silent = crew.silent(_ANSWER_S)
-        for member in silent:
-            crew.bury(member, f"did not answer for {_ANSWER_S:.0f} s", step)
-        if silent:
-            return
-        late = crew.late(_ANSWER_S)
-        for member in late:
-            where = crew.whereabouts(member, _ANSWER_S) if member.role == "worker" else ""
-            crew.bury(member, f"kept all others waiting{where} ({error})", step)
-        if not late:
+        runs = {dealt.member: dealt.run for dealt in self._crew.dealt}
+        culprits = self._detector.culprits(runs, str(error))
+        for member, how in culprits:
+            self._crew.bury(member, how, self._merger.emitted + 1)
+        if not culprits:
             raise error
 
     def _recover(self) -> None:
@@ -306,6 +302,7 @@ class Coordinator:
                 self._check_deaths()
                 self._crew.ensure_workers(self._least)
                 self._crew.group()
+                self._forget_deaths()
                 self._deal()
                 self._crew.ask_for_workers()  # not before: what starts takes its time from what all wait for
                 return
@@ -324,6 +321,13 @@ class Coordinator:
                     f"{role} {number} died {count} times in step {self._merger.emitted + 1}: "
                     "see why (its log, memory, the samples of the step), then resume with --resume"
                 )
+
+    def _forget_deaths(self) -> None:
+        """Those in earlier steps do not count; steps that are replayed are not reported, but committed all the same."""
+        deaths, version = self._crew.members.deaths, self._crew.servers.version
+        if version != self._died_at:
+            self._died_at = version
+            deaths.update({who: 1 - count for who, count in deaths.items()})
 
     def _wind_up(self, error: WorkerLost) -> None:
         """Nobody can go on: the run ends with the last committed version, of which all is told."""
@@ -356,24 +360,3 @@ class Coordinator:
                 if self._crew.servers.version >= version or self._failure is not None:
                     raise
                 self._turn()
-
-
-def _cause(error: ray.exceptions.RayError) -> BaseException | None:
-    """What an actor raised; None if it is gone."""
-    found = error if isinstance(error, ray.exceptions.RayTaskError) else None
-    if found is None:
-        inner = getattr(error, "cause", None) or getattr(error, "__cause__", None)
-        found = inner if isinstance(inner, ray.exceptions.RayTaskError) else None
-    if found is None or found.cause is None:
-        return None
-    cause: BaseException = found.cause
-    if not isinstance(cause, PushPullError | TaskError) and found is error:
-        # An error in somebody's task: say where, without Ray's colours.
-        cause.add_note(re.sub(r"\x1b\[\d+m", "", str(error)))
-    return cause
-
-
-def _lost(member: Member) -> PushPullError:
-    kind = WorkerLost if member.role == "worker" else ServerLost
-    details = {member.role: member.number}
-    return kind(f"{member} died: look at its log, or resume with --resume", **details)

@@ -1,6 +1,5 @@
-"""Who computes: workers, and what stands on their nodes for servers elsewhere, in one generation after another."""
+"""Who computes: which workers there are, and what each of them gets, in one generation after another."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -13,17 +12,16 @@ from cluster.config import ClusterConfig, Seat
 from cluster.events import Event
 from cluster.members import Member, Members
 from cluster.placement import check_room
+from cluster.relays import Relays
 from cluster.rounding import Rounding, Roundings
 from cluster.servers import Servers
 from cluster.starter import Starter
 from models.registry import TaskSource
-from paramserver.errors import ReplicaMismatch, ServerLost, WorkerLost
+from paramserver.errors import ReplicaMismatch, WorkerLost
 from paramserver.partition import Partition
-from paramserver.reduction import maximal_nodes
 from paramserver.state import State
 from paramserver.transport.channel import Address
 from workers.minibatch import deal_runs
-from workers.timing import stage_of
 
 __all__ = ["Crew", "Dealt"]
 
@@ -72,6 +70,7 @@ class Crew:
         self._starter = Starter(source, config, partition, replace(state, values={}, optimizer={}, residuals={}))
         self.members = Members(on_event)
         self.servers = Servers(config, partition, self._starter, self.members, state.version, restore)
+        self._relays = Relays(config, self._starter, self.members, self.servers, self.roundings)
         self.target = config.worker.num_workers
         """How many workers there should be."""
         self.starting: dict[Any, tuple[Member, float]] = {}
@@ -90,7 +89,7 @@ class Crew:
     @property
     def notices(self) -> list[str]:
         """What the user should know of how the run is spread, once it is started."""
-        return [*self.servers.notices, *self._notices]
+        return [*self.servers.notices, *self._relays.notices.values(), *self._notices]
 
     # -- the start ---------------------------------------------------------------------------------------------------
 
@@ -165,7 +164,7 @@ class Crew:
         # Who is beyond the number of microbatches waits as a spare.
         workers = self._by_node(self.members.of("worker")[: plan.microbatches])
         runs = deal_runs(plan.microbatches, len(workers)) if workers else []
-        addresses = self._open_relays(workers, runs)
+        addresses = self._relays.open(workers, runs)
         rounded = self._round_pushes(runs)
         if self.generation and self.roundings.active:
             text = "what rounding on the wire had left over is dropped: the bits are another run's from here on"
@@ -185,56 +184,6 @@ class Crew:
             text = f"{newcomer} takes its share from step {self.servers.version + 1} on"
             self.members.tell("joined", text, newcomer, self.servers.version + 1)
         self.newcomers.difference_update(workers)
-
-    def _open_relays(self, workers: list[Member], runs: list[range]) -> dict[str, dict[int, Address]]:
-        """On each node with workers, something that stands for the servers elsewhere; gives where all are reached."""
-        nodes = list(dict.fromkeys(member.node for member in workers))
-        if self._config.transport == "ray":
-            return {node: {} for node in nodes}
-        for relay in [relay for relay in self.members.of("relay") if relay.node not in nodes]:
-            self.members.remove(relay)
-        addresses: dict[str, dict[int, Address]] = {}
-        for node in nodes:
-            addresses[node] = here = dict(self.servers.addresses.get(node, {}))
-            far = [server for server in self.servers.nodes if server not in here]
-            if not far:
-                continue
-            inside = [run for member, run in zip(workers, runs, strict=True) if member.node == node]
-            run = range(inside[0].start, inside[-1].stop)
-            self._note_tree_nodes(next(member for member in workers if member.node == node), run)
-            present = [relay for relay in self.members.of("relay") if relay.node == node]
-            relay = present[0] if present else self._new_relay(node)
-            rounding = self.roundings.deal(run, far)
-            beside = next(iter(here.values()), None)
-            opened = relay.actor.open.remote(run, self.servers.actors, far, beside, rounding, self.servers.version)
-            here.update(self._ask(relay, opened))
-        return addresses
-
-    def _new_relay(self, node: str) -> Member:
-        relay = self.members.add("relay", None, self._starter.relay(node))
-        try:
-            return self.members.await_place(relay, self._config.start_timeout_s)
-        except ray.exceptions.RayError:
-            raise ServerLost(f"nothing that stands for servers elsewhere could be started on node {node[:8]}") from None
-
-    def _ask(self, member: Member, reference: Any) -> Any:
-        try:
-            return ray.get(reference, timeout=self._config.start_timeout_s)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayError:
-            self.members.bury(member, "died", self.servers.version + 1)
-            raise ServerLost(f"{member} is gone") from None
-
-    def _note_tree_nodes(self, member: Member, run: range) -> None:
-        M = self._config.worker.plan.microbatches
-        count = len(maximal_nodes(run.start, run.stop, M))
-        if count > 1 and self.generation == 0 and member.place:
-            self._notices.append(
-                f"{member.place.host} (node {member.node[:8]}) sends {count} tree nodes of the parameters' size a "
-                f"step, for microbatches [{run.start}, {run.stop}) of {M}: it is 1 where M / nodes is a power of two "
-                "and all nodes have as many workers"
-            )
 
     def _round_pushes(self, runs: list[range]) -> list[Rounding | None]:
         """Workers round what they push through Ray; in shared memory there is no wire."""
@@ -264,51 +213,6 @@ class Crew:
         """See ``Members.bury``."""
         self.newcomers.discard(member)
         self.members.bury(member, how, step)
-
-    def silent(self, timeout_s: float) -> list[Member]:
-        """Servers, relays and replicas that do not answer."""
-        asked = {m.actor.place.remote(): m for role in ("server", "relay", "replica") for m in self.members.of(role)}
-        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
-        answered = []
-        for reference in ready:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(reference)
-                answered.append(asked[reference])
-        return [member for member in asked.values() if member not in answered]
-
-    def late(self, timeout_s: float) -> list[Member]:
-        """Who keeps the open step: workers whose microbatches have not arrived, or else the relays behind them.
-
-        Before all of them, servers and relays that are too busy to say what they wait for.
-        """
-        relays = {relay.node: relay for relay in self.members.of("relay")}
-        asked = {m: m.actor.missing.remote() for role in ("server", "relay") for m in self.members.of(role)}
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
-        missing: dict[Member, set[int]] = {}
-        for member, reference in asked.items():
-            with contextlib.suppress(ray.exceptions.RayError):
-                missing[member] = set(ray.get(reference, timeout=0))
-        if stuck := [member for member in asked if member not in missing]:
-            return stuck
-        everywhere = set().union(*(missing[server] for server in self.members.of("server")))
-        found = []
-        for dealt in self.dealt:
-            relay = relays.get(dealt.member.node)
-            absent = everywhere if relay is None else missing[relay]
-            if absent.intersection(dealt.run) and dealt.member in self.members:
-                found.append(dealt.member)
-        return found or (list(relays.values()) if everywhere else [])
-
-    def whereabouts(self, worker: Member, timeout_s: float) -> str:
-        """Where a worker is by its own word, if it could leave one."""
-        if self._config.transport == "ray":
-            return ""
-        near = [m for role in ("server", "relay") for m in self.members.of(role) if m.node == worker.node]
-        with contextlib.suppress(ray.exceptions.RayError):
-            for member in near:
-                if word := ray.get(member.actor.noted.remote(worker.number), timeout=timeout_s):
-                    return f" in stage {stage_of(word)[1]}"
-        return ""
 
     @property
     def wants_change(self) -> bool:
@@ -428,14 +332,7 @@ class Crew:
             ServerLost: if a server dies meanwhile; ask again once it is replaced.
         """
         state = self.servers.state(version)
-        relays = self.members.of("relay") if self.roundings.active else []
-        rounded = [relay.actor.residuals.remote(version, release=release) for relay in relays]
-        try:
-            residuals = self.roundings.collect(version, ray.get(rounded, timeout=self._config.worker.step_timeout_s))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayError as error:
-            raise ServerLost(f"a relay died while version {version} was read") from error
+        residuals = self.roundings.collect(version, self._relays.residuals(version, release=release))
         if release:
             self.servers.release(version)
         return replace(state, residuals=residuals)

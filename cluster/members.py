@@ -92,7 +92,7 @@ class Members:
         self.lost_at: float | None = None
         """When a worker or server was lost last; set to None once that is made good."""
         self.deaths: Counter[tuple[Role, int]] = Counter()
-        """Of workers and servers, by role and number, since this was cleared."""
+        """Of workers and servers in the open step, by role and number."""
         self._machine = machine()
 
     def add(self, role: Role, number: int | None, actor: Any) -> Member:

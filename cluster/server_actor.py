@@ -12,9 +12,9 @@ import ray.exceptions
 import torch
 
 from cluster.place import Place, place_of_process, prepare_process
-from cluster.ray_transport import POLL_S, WireArrival, WireBatch, WirePush, from_wire
+from cluster.published import Published
+from cluster.ray_transport import POLL_S, WireArrival, WirePush, from_wire
 from paramserver.arena import Arena
-from paramserver.checksums import crc32_of
 from paramserver.config import OptimizerConfig
 from paramserver.errors import ServerLost, StaleContribution, StepTimeout
 from paramserver.messages import Commit, Decision, Hello, Report
@@ -89,8 +89,6 @@ class ServerActor:
         self._generation = 0
         self._peers: list[Any] = []
         self._settled: dict[int, Decision] = {}
-        self._waiting: list[asyncio.Future[None]] = []
-        self._published: dict[int, list[WireBatch]] = {}
         self._reports: dict[int, Report] = {}
         self._decision: asyncio.Future[Decision] | None = None
         self._recent: deque[Commit] = deque(maxlen=_RECENT)
@@ -143,6 +141,7 @@ class ServerActor:
         self._about = (optimizer, num_microbatches, replace(state, values={}, optimizer={}))
         self._server = server
         self._observer = self._faults.observer("server", index)
+        self._published = Published(versions)
         self._hub = Hub(
             server,
             versions,
@@ -195,7 +194,7 @@ class ServerActor:
             return self._status()
 
         status = await self._in_hub(change)
-        self._wake()
+        self._published.wake()
         return status
 
     def _replicate(self, commit: Commit | None) -> None:
@@ -231,31 +230,11 @@ class ServerActor:
             self._server.hold(commit.version, once=True)
         if commit is not None and self._hub.on_written is not None:
             self._written(commit.version, self._partition.by_server[self._index])
-        self._loop.call_soon_threadsafe(self._wake)
+        self._loop.call_soon_threadsafe(self._published.wake)
 
     def _written(self, version: int, pieces: Sequence[Slice]) -> None:
         """In the hub's thread: slices have a version that is not committed yet."""
-        self._loop.call_soon_threadsafe(self._publish, version, pieces)
-
-    def _publish(self, version: int, pieces: Sequence[Slice]) -> None:
-        """Put slices into Ray's object store, for whoever waits for ``arrivals``."""
-        for old in [known for known in self._published if known < version - 1]:
-            del self._published[old]
-        batches = self._published.setdefault(version, [])
-        known = {index for batch in batches for index in batch.indices}
-        new = [piece for piece in pieces if piece.index not in known]
-        if new:
-            vector = self._hub.versions.vectors[version % 2]
-            arrays = [vector[piece.start : piece.stop].numpy() for piece in new]
-            checksums = tuple(crc32_of(array) for array in arrays)
-            batches.append(WireBatch(tuple(piece.index for piece in new), [ray.put(arrays)], checksums))
-        self._wake()
-
-    def _wake(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        self._loop.call_soon_threadsafe(self._published.put, version, pieces)
 
     def _ask_vote(self, report: Report) -> Decision:
         """In the hub's thread: all servers' decision."""
@@ -308,10 +287,10 @@ class ServerActor:
     async def publish(self, version: int, have: int = 0) -> WireArrival:
         """The whole ``version``, the committed one or the one before, but for the first ``have`` batches of it."""
         integers = await self._in_hub(lambda: self._server.integers(version))  # or it is gone
-        self._publish(version, self._partition.by_server[self._index])
+        self._published.put(version, self._partition.by_server[self._index])
         last = self._hub.last
         commit = last if last is not None and last.version == version else None
-        return WireArrival(self._published[version][have:], commit, integers)
+        return WireArrival(self._published.beyond(version, have), commit, integers)
 
     async def arrivals(self, generation: int, version: int, have: int, left_s: float, timeout_s: float) -> WireArrival:
         """What there is of ``version`` beyond the first ``have`` batches, as soon as there is more or it is committed.
@@ -328,10 +307,9 @@ class ServerActor:
             async with asyncio.timeout(min(left_s, POLL_S)):
                 while self._hub.failure is None and (self._hub.last is None or self._hub.last.version < version):
                     self._check_generation(generation)
-                    if len(self._published.get(version, ())) > have:
-                        return WireArrival(self._published[version][have:], None, {})
-                    self._waiting.append(asyncio.get_running_loop().create_future())
-                    await self._waiting[-1]
+                    if batches := self._published.beyond(version, have):
+                        return WireArrival(batches, None, {})
+                    await self._published.changed()
         except TimeoutError:
             if left_s > POLL_S:
                 return WireArrival([], None, {})

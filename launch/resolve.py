@@ -22,11 +22,11 @@ from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.errors import ConfigError
 from paramserver.partition import ELEMENT_BYTES, Partition
 from paramserver.reduction import maximal_nodes
+from workers.assembly import build_model
 from workers.config import DeviceKind, PlanConfig, WorkerConfig
 from workers.minibatch import deal_runs, steps_in_epoch
 from workers.process_group import torchrun_rank
-from workers.replica import describe_model, freeze_batch_norm
-from workers.weights import read_weights
+from workers.replica import describe_model
 
 __all__ = ["Resolved", "choose_device", "resolve", "task_options", "usage_errors"]
 
@@ -110,8 +110,6 @@ def resolve(config: RunConfig) -> Resolved:
         raise ConfigError(f"--data {config.data}: the training set is empty")
     if config.evaluate:
         task.build_dataset("val")  # what is missing there would come out at the end of the run
-    if config.weights is not None:
-        read_weights(Path(config.weights).expanduser())  # what is wrong with it comes out now
     if config.backend == "ps" and config.address is not None:
         check_address(config.address)
     per_epoch = max(1, steps_in_epoch(num_samples, batch_size, drop_last=config.drop_last))
@@ -129,14 +127,28 @@ def resolve(config: RunConfig) -> Resolved:
         overlap=workers * config.threads < (os.cpu_count() or 1) if config.overlap is None else config.overlap,
         **_filled_recipe(config, recipe),
     )
-    plan = PlanConfig(
-        batch_size=batch_size, microbatches=microbatches, steps=steps, seed=config.seed, drop_last=config.drop_last
-    )
     servers = ServerConfig(num_servers=config.servers if config.backend == "ps" else 1, slice_bytes=config.slice_bytes)
     optimizer = _optimizer(filled, recipe)
-    worker = WorkerConfig(
+    worker = _worker(filled, device, votes=optimizer.needs_vote)
+    partition, _ = describe_model(build_model(task, worker), optimizer, servers)  # finds patterns that fit no key
+    if config.backend == "ps" and config.address is None:
+        _check_shared_memory(config, partition, workers, microbatches)
+    return Resolved(filled, source, task, options, worker, optimizer, servers, num_samples)
+
+
+def _worker(config: RunConfig, device: DeviceKind, *, votes: bool) -> WorkerConfig:
+    """Of a run whose gaps are filled."""
+    assert config.batch_size and config.microbatches and config.steps and config.workers  # noqa: PT018
+    plan = PlanConfig(
+        batch_size=config.batch_size,
+        microbatches=config.microbatches,
+        steps=config.steps,
+        seed=config.seed,
+        drop_last=config.drop_last,
+    )
+    return WorkerConfig(
         plan=plan,
-        num_workers=workers,
+        num_workers=config.workers,
         device=device,
         threads=config.threads,
         channels_last=config.channels_last,
@@ -144,20 +156,13 @@ def resolve(config: RunConfig) -> Resolved:
         freeze_batch_norm=config.freeze_batch_norm,
         eval_every=config.eval_every,
         evaluate=config.evaluate,
-        overlap=bool(filled.overlap),
+        overlap=bool(config.overlap),
         # With a vote the last slice may still drop the step: nobody may have begun with the others (E8). And only x86
         # promises that whoever sees a slice's word sees the slice.
-        early_forward=filled.early_forward and not optimizer.needs_vote and platform.machine() in _KEEPS_STORE_ORDER,
+        early_forward=config.early_forward and not votes and platform.machine() in _KEEPS_STORE_ORDER,
         # Of a worker's own waits: whoever watches the run has acted long before.
         step_timeout_s=2 * config.step_timeout + 30 if config.step_timeout else _BACKSTOP_S,
     )
-    model = task.build_model()
-    if config.freeze_batch_norm:
-        freeze_batch_norm(model)
-    partition, _ = describe_model(model, optimizer, servers)  # finds patterns that fit no key
-    if config.backend == "ps" and config.address is None:
-        _check_shared_memory(config, partition, workers, microbatches)
-    return Resolved(filled, source, task, options, worker, optimizer, servers, num_samples)
 
 
 def _check_shared_memory(config: RunConfig, partition: Partition, workers: int, microbatches: int) -> None:

@@ -25,7 +25,14 @@ from workers.seeding import seeded
 from workers.single import SingleBackend
 from workers.worker import Worker
 
-__all__ = ["Parts", "build_ddp_worker", "build_param_server_worker", "build_parts", "build_single_worker"]
+__all__ = [
+    "Parts",
+    "build_ddp_worker",
+    "build_model",
+    "build_param_server_worker",
+    "build_parts",
+    "build_single_worker",
+]
 
 
 class Parts(NamedTuple):
@@ -36,13 +43,19 @@ class Parts(NamedTuple):
     state: State
 
 
-def build_parts(task: Task, config: WorkerConfig, optimizer: OptimizerConfig, servers: ServerConfig) -> Parts:
-    """Build the model under the run's seed, so that every process has the same, and carve it into a flat vector."""
-    device = setup_device(config)
+def build_model(task: Task, config: WorkerConfig) -> nn.Module:
+    """A task's model with its initial values, which the run's seed decides, in each process the same."""
     with seeded("model", config.plan.seed):
         model = task.build_model()
     if config.freeze_batch_norm:
         freeze_batch_norm(model)
+    return model
+
+
+def build_parts(task: Task, config: WorkerConfig, optimizer: OptimizerConfig, servers: ServerConfig) -> Parts:
+    """Build the model, move it to its device, and carve it into a flat vector."""
+    device = setup_device(config)
+    model = build_model(task, config)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     partition, state = describe_model(model, optimizer, servers)
