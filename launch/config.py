@@ -52,6 +52,8 @@ class RunConfig:
     augment: str | None = None
     """How training images are varied: none, light or ssd (ssd), none, crop or scale (fcn), none or crop (classify);
     default: the network's."""
+    image_cache: int = 512
+    """MiB of decoded images that each process keeps which reads any; 0: none."""
     recipe: str = "default"
     """Training settings that belong together; the task says which it has (d2l, default)."""
     optimizer: OptimizerName | None = None
@@ -182,6 +184,7 @@ class RunConfig:
             "keep_checkpoints",
             "verify_every",
             "fingerprint_every",
+            "image_cache",
         ):
             if getattr(self, field) < 0:
                 raise ConfigError(f"--{field.replace('_', '-')} is {getattr(self, field)}: it must be 0 or more")

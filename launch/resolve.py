@@ -70,6 +70,7 @@ def task_options(config: RunConfig) -> TaskOptions:
         split_train=config.split_train,
         split_val=config.split_val,
         augment=config.augment,
+        image_cache=config.image_cache,
         recipe=config.recipe,
         seed=config.seed,
     )

@@ -27,6 +27,8 @@ class TaskOptions:
     """Which of the task's recipes; it may change how images are scaled and augmented."""
     seed: int = 0
     """Seed of synthetic data; the initial weights are drawn by whoever calls ``build_model``."""
+    image_cache: int = 0
+    """MiB of decoded images that a process keeps."""
     synthetic_train: int = 512
     """Number of training images of the synthetic source."""
     synthetic_val: int = 64

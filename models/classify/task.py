@@ -21,6 +21,7 @@ from models.data.classification import (
     folder_classes,
 )
 from models.data.classification_transforms import ClassificationTransform
+from models.data.images import DecodedImages
 from models.data.spec import parse_data_spec
 from models.errors import TaskError
 from models.options import Recipe, TaskOptions
@@ -76,6 +77,7 @@ class ClassifyTask:
             raise TaskError(f"--image-size {self._size[0]}x{self._size[1]}: lenet takes images of {side}x{side} alone")
         self._options = options
         self._spec = parse_data_spec(options.data, ("synthetic", "folder", "cifar10"))
+        self._decoded = DecodedImages(options.image_cache << 20)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -99,7 +101,7 @@ class ClassifyTask:
             return SyntheticClassification(split, length, options.seed, self._size, transform)
         if self._spec.kind == "cifar10":
             return Cifar10(path, split, transform)
-        return ClassFolders(path, split, transform, self.classes)
+        return ClassFolders(path, split, transform, self.classes, self._decoded)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack images and labels."""

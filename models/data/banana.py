@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from models.data.detection_sample import detection_sample
 from models.data.detection_transforms import DetectionTransform
-from models.data.images import read_image
+from models.data.images import DecodedImages
 from models.errors import DataError
 from models.task import Sample, Split
 
@@ -42,14 +42,23 @@ class BananaDetection(Dataset[Sample]):
         split: train or val.
         transform: applied to every image and its boxes.
         classes: names of the labels 0, 1, …
+        images: keeps what was decoded; None: nothing is kept.
 
     Raises:
         DataError: if a folder, file, column or image is missing, or a row is wrong; it names file and line.
     """
 
-    def __init__(self, root: Path, split: Split, transform: DetectionTransform, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: Split,
+        transform: DetectionTransform,
+        classes: tuple[str, ...],
+        images: DecodedImages | None = None,
+    ) -> None:
         self.classes = classes
         self._transform = transform
+        self._decoded = images or DecodedImages()
         folder = root / _FOLDERS[split]
         corners: dict[Path, list[tuple[float, ...]]] = {}
         labels: dict[Path, list[int]] = {}
@@ -74,7 +83,7 @@ class BananaDetection(Dataset[Sample]):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Sample:
-        image = read_image(self._paths[index])
+        image = self._decoded.get(self._paths[index])
         return detection_sample(index, image, self._boxes[index], self._labels[index], self._transform)
 
 

@@ -11,7 +11,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from models.data.classification_transforms import ClassificationTransform
-from models.data.images import read_image
+from models.data.images import DecodedImages
 from models.data.synthetic import Synthetic
 from models.data.synthetic_detection import SHAPES, draw_shapes
 from models.errors import DataError
@@ -45,13 +45,22 @@ class ClassFolders(Dataset[Sample]):
         split: train or val.
         transform: applied to every image.
         classes: names of the labels 0, 1, …: folders.
+        images: keeps what was decoded; None: nothing is kept.
 
     Raises:
         DataError: if a folder is missing, empty, or of no class.
     """
 
-    def __init__(self, root: Path, split: Split, transform: ClassificationTransform, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: Split,
+        transform: ClassificationTransform,
+        classes: tuple[str, ...],
+        images: DecodedImages | None = None,
+    ) -> None:
         self._transform = transform
+        self._decoded = images or DecodedImages()
         folder = root / split
         if not folder.is_dir():
             raise DataError(f"missing {folder}: a folder of class folders holds train and val")
@@ -68,7 +77,7 @@ class ClassFolders(Dataset[Sample]):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Sample:
-        return _sample(self._transform(read_image(self._paths[index])), int(self._labels[index]), index)
+        return _sample(self._transform(self._decoded.get(self._paths[index])), int(self._labels[index]), index)
 
 
 def _images(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from models.data.detection_sample import detection_sample
 from models.data.detection_transforms import DetectionTransform
-from models.data.images import read_image
+from models.data.images import DecodedImages
 from models.errors import DataError
 from models.task import Sample
 
@@ -31,6 +31,7 @@ class CocoDetection(Dataset[Sample]):
         split: such as ``train2017``; ``train`` finds the only one that begins so.
         transform: applied to every image and its boxes.
         classes: names of the labels 0, 1, …: categories of the file.
+        images: keeps what was decoded; None: nothing is kept.
         crowds: whether crowds are given, as boxes that are difficult; not for training.
 
     Raises:
@@ -38,17 +39,25 @@ class CocoDetection(Dataset[Sample]):
     """
 
     def __init__(
-        self, root: Path, split: str, transform: DetectionTransform, classes: tuple[str, ...], *, crowds: bool
+        self,
+        root: Path,
+        split: str,
+        transform: DetectionTransform,
+        classes: tuple[str, ...],
+        images: DecodedImages | None = None,
+        *,
+        crowds: bool,
     ) -> None:
         self.classes = classes
         self._transform = transform
+        self._decoded = images or DecodedImages()
         path, content = _read(root, split)
         labels = _labels(path, content, classes)
-        images = sorted(content["images"], key=lambda image: int(image["id"]))
+        rows = sorted(content["images"], key=lambda image: int(image["id"]))
         folder = _image_folder(root, path)
-        self._paths = [folder / image["file_name"] for image in images]
-        found: dict[int, list[tuple[tuple[float, ...], int, bool]]] = {int(image["id"]): [] for image in images}
-        sizes = {int(image["id"]): (float(image["width"]), float(image["height"])) for image in images}
+        self._paths = [folder / image["file_name"] for image in rows]
+        found: dict[int, list[tuple[tuple[float, ...], int, bool]]] = {int(image["id"]): [] for image in rows}
+        sizes = {int(image["id"]): (float(image["width"]), float(image["height"])) for image in rows}
         empty = 0
         for row in content["annotations"]:
             crowd = bool(row.get("iscrowd", 0))
@@ -65,22 +74,22 @@ class CocoDetection(Dataset[Sample]):
         if empty:
             warnings.warn(f"{path}: left out {empty} box(es) without width or height", stacklevel=2)
         # Arrays: a loader process would get each tensor as a shared file of its own.
-        rows = list(found.values())
+        objects = list(found.values())
         self._boxes: list[NDArray[np.float32]] = [
-            np.array([corners for corners, _, _ in row], dtype=np.float32).reshape(-1, 4) for row in rows
+            np.array([corners for corners, _, _ in row], dtype=np.float32).reshape(-1, 4) for row in objects
         ]
         self._labels: list[NDArray[np.int64]] = [
-            np.array([label for _, label, _ in row], dtype=np.int64) for row in rows
+            np.array([label for _, label, _ in row], dtype=np.int64) for row in objects
         ]
         self._difficult: list[NDArray[np.bool_]] = [
-            np.array([crowd for *_, crowd in row], dtype=np.bool_) for row in rows
+            np.array([crowd for *_, crowd in row], dtype=np.bool_) for row in objects
         ]
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Sample:
-        image, boxes, labels = read_image(self._paths[index]), self._boxes[index], self._labels[index]
+        image, boxes, labels = self._decoded.get(self._paths[index]), self._boxes[index], self._labels[index]
         return detection_sample(index, image, boxes, labels, self._transform, self._difficult[index])
 
 

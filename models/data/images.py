@@ -1,5 +1,6 @@
 """Reading image files; a file that cannot be read is named."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,43 @@ from torch import Tensor
 
 from models.errors import DataError
 
-__all__ = ["read_image", "read_mask"]
+__all__ = ["DecodedImages", "read_image", "read_mask"]
+
+
+class DecodedImages:
+    """Keeps what was decoded, up to a limit; another process that gets a copy of it begins with nothing.
+
+    What came first stays: an epoch asks for everything once in a new order, so whatever were put out for it would be
+    asked for before it comes back.
+
+    Args:
+        limit_bytes: how much is kept; 0 keeps nothing.
+    """
+
+    def __init__(self, limit_bytes: int = 0) -> None:
+        self._left = self._limit = limit_bytes
+        self._kept: dict[Path, Tensor] = {}
+
+    def get(self, path: Path, decode: Callable[[Path], Tensor] = lambda path: read_image(path)) -> Tensor:
+        """What a file holds, which nobody may change.
+
+        Args:
+            path: the file.
+            decode: reads it.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        found = self._kept.get(path)
+        if found is None:
+            found = decode(path)
+            if found.nbytes <= self._left:
+                self._left -= found.nbytes
+                self._kept[path] = found
+        return found
+
+    def __reduce__(self) -> tuple[type["DecodedImages"], tuple[int]]:
+        return type(self), (self._limit,)
 
 
 def read_image(path: Path) -> Tensor:

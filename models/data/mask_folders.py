@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from models.data.images import read_image
+from models.data.images import DecodedImages
 from models.data.segmentation_transforms import SegmentationTransform
 from models.data.voc_classes import VOID
 from models.errors import DataError
@@ -82,19 +82,28 @@ class MaskFolders(Dataset[Sample]):
         split: train or val.
         table: what masks hold.
         transform: applied to every image and its mask.
+        images: keeps what was decoded; None: nothing is kept.
 
     Raises:
         DataError: if a folder is missing, or an image has no mask.
     """
 
-    def __init__(self, root: Path, split: Split, table: LabelTable, transform: SegmentationTransform) -> None:
-        images, masks = (_files(root / split / name) for name in ("images", "masks"))
-        if lacking := sorted(images.keys() - masks.keys()):
-            raise DataError(f"{images[lacking[0]]} has no mask in {root / split / 'masks'}")
-        self._images = [images[stem] for stem in sorted(images)]
-        self._masks = [masks[stem] for stem in sorted(images)]
+    def __init__(
+        self,
+        root: Path,
+        split: Split,
+        table: LabelTable,
+        transform: SegmentationTransform,
+        images: DecodedImages | None = None,
+    ) -> None:
+        files, masks = (_files(root / split / name) for name in ("images", "masks"))
+        if lacking := sorted(files.keys() - masks.keys()):
+            raise DataError(f"{files[lacking[0]]} has no mask in {root / split / 'masks'}")
+        self._images = [files[stem] for stem in sorted(files)]
+        self._masks = [masks[stem] for stem in sorted(files)]
         self._table = table
         self._transform = transform
+        self._decoded = images or DecodedImages()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -105,7 +114,8 @@ class MaskFolders(Dataset[Sample]):
         Raises:
             DataError: if a file is broken, the mask's size is not the image's, or it holds what the table does not.
         """
-        image, mask = read_image(self._images[index]), self._read(self._masks[index])
+        image = self._decoded.get(self._images[index])
+        mask = self._decoded.get(self._masks[index], self._read)
         if mask.shape != image.shape[1:]:
             raise DataError(
                 f"{self._masks[index]} has {mask.shape[0]}x{mask.shape[1]} pixels, its image "

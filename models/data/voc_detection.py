@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from models.data.detection_sample import detection_sample
 from models.data.detection_transforms import DetectionTransform
-from models.data.images import read_image
+from models.data.images import DecodedImages
 from models.data.voc_classes import VOC_CLASSES, find_voc_root
 from models.errors import DataError
 from models.task import Sample
@@ -44,14 +44,23 @@ class VOCDetection(Dataset[Sample]):
         split: name of a file in ``ImageSets/Main``, without ``.txt``.
         transform: applied to every image and its boxes.
         classes: names of the labels 0, 1, …
+        images: keeps what was decoded; None: nothing is kept.
 
     Raises:
         DataError: if a folder, list, annotation or image is missing or wrong; it names the file.
     """
 
-    def __init__(self, root: Path, split: str, transform: DetectionTransform, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        transform: DetectionTransform,
+        classes: tuple[str, ...],
+        images: DecodedImages | None = None,
+    ) -> None:
         self.classes = classes
         self._transform = transform
+        self._decoded = images or DecodedImages()
         self._paths: list[Path] = []
         # Arrays: a loader process would get each tensor as a shared file of its own.
         self._boxes: list[NDArray[np.float32]] = []
@@ -80,7 +89,7 @@ class VOCDetection(Dataset[Sample]):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Sample:
-        image, boxes, labels = read_image(self._paths[index]), self._boxes[index], self._labels[index]
+        image, boxes, labels = self._decoded.get(self._paths[index]), self._boxes[index], self._labels[index]
         return detection_sample(index, image, boxes, labels, self._transform, self._difficult[index])
 
 

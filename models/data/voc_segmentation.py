@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from models.data.images import read_image, read_mask
+from models.data.images import DecodedImages, read_mask
 from models.data.segmentation_transforms import SegmentationTransform
 from models.data.voc_classes import VOID, find_voc_root
 from models.errors import DataError
@@ -24,18 +24,27 @@ class VOCSegmentation(Dataset[Sample]):
         split: name of the list in ``ImageSets/Segmentation``, without ``.txt``.
         num_classes: K, background included; masks hold ``0..K-1`` and 255 for void.
         transform: applied to every image and its mask.
+        images: keeps what was decoded; None: nothing is kept.
 
     Raises:
         DataError: at once if a folder, the list, or an image or mask named in it is missing.
     """
 
-    def __init__(self, path: Path, split: str, num_classes: int, transform: SegmentationTransform) -> None:
+    def __init__(
+        self,
+        path: Path,
+        split: str,
+        num_classes: int,
+        transform: SegmentationTransform,
+        images: DecodedImages | None = None,
+    ) -> None:
         root = find_voc_root(path)
         names = _read_list(root, split)
         self._images = [_existing(root / "JPEGImages", name, _IMAGE_SUFFIXES, split) for name in names]
         self._masks = [_existing(root / "SegmentationClass", name, (".png",), split) for name in names]
         self._num_classes = num_classes
         self._transform = transform
+        self._decoded = images or DecodedImages()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -46,7 +55,8 @@ class VOCSegmentation(Dataset[Sample]):
         Raises:
             DataError: if a file is broken, the mask's size is not the image's, or a label is out of range.
         """
-        image, mask = read_image(self._images[index]), read_mask(self._masks[index])
+        image = self._decoded.get(self._images[index])
+        mask = self._decoded.get(self._masks[index], read_mask)
         self._check(image, mask, index)
         return Sample(*self._transform(image, mask), index)
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import draw_segmentation_masks
 
 from models.choices import check_choice
+from models.data.images import DecodedImages
 from models.data.mask_folders import MaskFolders, read_label_table
 from models.data.segmentation_transforms import Augmentation, SegmentationTransform, normalise
 from models.data.spec import parse_data_spec
@@ -52,6 +53,7 @@ class FCNTask:
         check_choice("fcn has no --augment", options.augment or "none", get_args(Augmentation))
         self._options = options
         self._spec = parse_data_spec(options.data, ("synthetic", "voc", "masks"))
+        self._decoded = DecodedImages(options.image_cache << 20)
         self._image_size = options.image_size or _IMAGE_SIZE
         if min(self._image_size) < MIN_SIZE:
             raise TaskError(
@@ -88,9 +90,9 @@ class FCNTask:
             length = options.synthetic_train if split == "train" else options.synthetic_val
             return SyntheticSegmentation(split, length, self._image_size, options.seed, transform)
         if self._table is not None:
-            return MaskFolders(self._spec.path, split, self._table, transform)
+            return MaskFolders(self._spec.path, split, self._table, transform, self._decoded)
         list_name = options.split_train if split == "train" else options.split_val
-        return VOCSegmentation(self._spec.path, list_name, len(self.class_names), transform)
+        return VOCSegmentation(self._spec.path, list_name, len(self.class_names), transform, self._decoded)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Pad at the bottom and right to the largest height and width: images with zeros, masks with void."""

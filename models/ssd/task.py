@@ -13,6 +13,7 @@ from models.choices import check_choice
 from models.data.banana import BananaDetection, banana_classes
 from models.data.coco_detection import CocoDetection, coco_classes
 from models.data.detection_transforms import Augmentation, DetectionTransform
+from models.data.images import DecodedImages
 from models.data.pixels import RAW
 from models.data.spec import parse_data_spec
 from models.data.synthetic_detection import SHAPES, SyntheticDetection
@@ -61,6 +62,7 @@ class SSDTask:
         check_choice("task ssd has no --augment", options.augment or "none", get_args(Augmentation))
         self._options = options
         self._spec = parse_data_spec(options.data, ("synthetic", "banana", "voc", "coco"))
+        self._decoded = DecodedImages(options.image_cache << 20)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -87,11 +89,11 @@ class SSDTask:
             length = options.synthetic_train if split == "train" else options.synthetic_val
             return SyntheticDetection(split, length, options.seed, transform, self.classes)
         if self._spec.kind == "banana":
-            return BananaDetection(path, split, transform, self.classes)
+            return BananaDetection(path, split, transform, self.classes, self._decoded)
         list_name = options.split_train if split == "train" else options.split_val
         if self._spec.kind == "coco":
-            return CocoDetection(path, list_name, transform, self.classes, crowds=split == "val")
-        return VOCDetection(path, list_name, transform, self.classes)
+            return CocoDetection(path, list_name, transform, self.classes, self._decoded, crowds=split == "val")
+        return VOCDetection(path, list_name, transform, self.classes, self._decoded)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Boxes are filled up to the largest number in the batch, which may be 0, with rows of label ``PADDING``."""
