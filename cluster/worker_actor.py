@@ -8,7 +8,6 @@ from typing import Any
 import ray
 import ray.exceptions
 import torch
-from torch.utils.data import Dataset
 
 from cluster.config import Seat
 from cluster.place import Place, place_of_process, prepare_process
@@ -16,7 +15,6 @@ from cluster.rounding import Rounding
 from cluster.route import route
 from models.options import TaskOptions
 from models.registry import TaskSource, build_task
-from models.task import Sample
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.error_feedback import ErrorFeedback
 from paramserver.transport.channel import Address
@@ -25,6 +23,7 @@ from workers.config import WorkerConfig
 from workers.device import device_kind
 from workers.faults import NO_FAULTS, Faults
 from workers.report import EvaluationReport, StepReport
+from workers.samples import MicrobatchLoader, build_loader
 
 __all__ = ["WorkerActor"]
 
@@ -58,7 +57,7 @@ class WorkerActor:
         self._config = replace(config, device_index=_gpu_index(config))
         # Not the initial state, which the servers have: it is as large as the model.
         self._replica = build_parts(self._task, self._config, optimizer, servers).replica
-        self._dataset: Dataset[Sample] | None = None
+        self._loader: MicrobatchLoader | None = None
 
     def place(self) -> Place:
         """Where this worker runs, and what kind of device it is."""
@@ -88,14 +87,14 @@ class WorkerActor:
         """
         config = replace(self._config, worker=seat.position, num_workers=seat.of, number=seat.number)
         partition = self._replica.partition
-        if self._dataset is None:
-            self._dataset = self._task.build_dataset("train")
+        if self._loader is None:
+            self._loader = build_loader(self._task, config)
         feedback = ErrorFeedback(rounding.precision, partition, rounding.residuals) if rounding else None
         transport = route(servers, addresses, partition, self._arena_dir, feedback, config.step_timeout_s)
         try:
             faults = self._faults.observer("worker", seat.number)
             worker, backend = build_param_server_worker(
-                self._task, config, self._replica, transport, self._dataset, faults, seat.generation
+                self._task, config, self._replica, transport, self._loader, faults, seat.generation
             )
         except BaseException:
             transport.close()

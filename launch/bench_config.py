@@ -44,7 +44,9 @@ class BenchConfig:
     share_device: bool = False
     """Allow several workers on one GPU."""
     precision: Precision = "fp32"
-    """fp32 or bf16, in every row."""
+    """fp32, bf16 or fp16, in every row."""
+    compile: bool = False
+    """Compile the network with torch.compile, in every row."""
     channels_last: bool = True
     """Channels-last layout, in every row."""
     scaling: str = "weak,strong"

@@ -122,6 +122,7 @@ def _run_config(
         data=config.data,
         image_size=config.image_size,
         precision=config.precision,
+        compile=config.compile,
         channels_last=config.channels_last,
         threads=config.threads,
         device=config.device,
@@ -152,6 +153,7 @@ def row_command(row: Row, run: RunConfig) -> str:
         f"--data {run.data}" if run.data != "synthetic" else "",
         f"--image-size {run.image_size}" if run.image_size else "",
         f"--precision {run.precision}" if run.precision != "fp32" else "",
+        "--compile" if run.compile else "",
         "--channels-last" if run.channels_last else "",
         f"--threads {run.threads} --device {run.device} --drop-last --evaluate false",
     ]

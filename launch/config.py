@@ -83,7 +83,11 @@ class RunConfig:
     on_nan: OnNan = "stop"
     """A non-finite gradient: stop the run by the key's name, or skip the step."""
     precision: Precision = "fp32"
-    """fp32, or bf16 autocast."""
+    """fp32, or autocast in bf16 or fp16; fp16 scales the loss of each microbatch."""
+    compile: bool = False
+    """Compile the network with torch.compile (kernels depend on shapes alone, so bits stay equal)."""
+    loader_processes: int | None = None
+    """Processes of each worker that read and vary images in the background; default: 2 for a GPU, else 0."""
     channels_last: bool = False
     """Images and weights in channels-last order."""
     threads: int = 1
@@ -185,8 +189,9 @@ class RunConfig:
             "verify_every",
             "fingerprint_every",
             "image_cache",
+            "loader_processes",
         ):
-            if getattr(self, field) < 0:
+            if (getattr(self, field) or 0) < 0:
                 raise ConfigError(f"--{field.replace('_', '-')} is {getattr(self, field)}: it must be 0 or more")
         if self.wire_precision != "fp32" and self.backend != "ps":
             raise ConfigError(

@@ -26,10 +26,11 @@ def start_block(run: Resolved) -> str:
         f", {config.warmup_steps} warm-up steps" if config.warmup_steps else ""
     )
     servers = f", {config.servers} server(s)" if config.backend == "ps" else ""
+    computes = [config.precision, *["channels_last"] * config.channels_last, *["compiled"] * config.compile]
     lines = [
         f"task      {run.task.name} on {config.data} ({run.num_samples} training images)",
         f"backend   {config.backend}, {run.worker.num_workers} worker(s){servers}",
-        f"device    {device}{threads}; {config.precision}{', channels_last' if config.channels_last else ''}",
+        f"device    {device}{threads}; {', '.join(computes)}",
         f"minibatch {plan.batch_size} over all workers, M = {plan.microbatches} microbatches ({by_worker} by worker); "
         f"batch norm sees {ghost:g} images at a time",
         f"optimizer {config.optimizer}, lr {rate} (not rescaled by workers), momentum {config.momentum:g}, "

@@ -188,6 +188,7 @@ class Recorder:
             "simulated": self._run.simulated,
             "threads_per_device": config.threads,
             "precision": config.precision,
+            "compile": config.compile,
             "wire_precision": config.wire_precision,
             "channels_last": config.channels_last,
             "data": config.data,

@@ -33,7 +33,7 @@ def header_lines(result: BenchResult) -> list[str]:
         )
     else:
         lines.append(f"devices: {len(environment['gpus'])} x {environment['gpus'][0]}")
-    layout = ", channels_last" if config["channels_last"] else ""
+    layout = ", channels_last" * config["channels_last"] + ", compiled" * config["compile"]
     lines.append(
         f"{config['precision']}{layout}, data: {config['data']}; median of {config['steps']} steps after "
         f"{config['warmup']} warm-up steps, {config['repeats']} interleaved repeat(s): median (min–max)"

@@ -23,6 +23,7 @@ from paramserver.errors import ConfigError
 from paramserver.partition import ELEMENT_BYTES, Partition
 from paramserver.reduction import maximal_nodes
 from workers.assembly import build_model
+from workers.compiled import check_compiler
 from workers.config import DeviceKind, PlanConfig, WorkerConfig
 from workers.minibatch import deal_runs, steps_in_epoch
 from workers.process_group import torchrun_rank
@@ -31,6 +32,7 @@ from workers.replica import describe_model
 __all__ = ["Resolved", "choose_device", "resolve", "task_options", "usage_errors"]
 
 _BACKSTOP_S = 1800.0
+_LOADERS_OF_A_GPU = 2
 _KEEPS_STORE_ORDER = ("x86_64", "AMD64")
 """Processors (``platform.machine()``) that show others what one core writes in the order in which it writes it."""
 
@@ -103,6 +105,8 @@ def resolve(config: RunConfig) -> Resolved:
             raise ConfigError(f"--faults with --backend {config.backend}: only ps goes on after a fault")
         read_faults(config.faults, Path())  # what is wrong with it comes out now
     device = choose_device(config)
+    if config.compile:
+        check_compiler(device)
     workers = _workers(config, device)
     batch_size = config.batch_size or recipe.batch_size
     microbatches = config.microbatches or min(batch_size, 1 << (workers - 1).bit_length())
@@ -126,6 +130,7 @@ def resolve(config: RunConfig) -> Resolved:
         steps=steps,
         # Where every core computes, a server that works during backward only takes its time away from it.
         overlap=workers * config.threads < (os.cpu_count() or 1) if config.overlap is None else config.overlap,
+        loader_processes=_loader_processes(config, device),
         **_filled_recipe(config, recipe),
     )
     servers = ServerConfig(num_servers=config.servers if config.backend == "ps" else 1, slice_bytes=config.slice_bytes)
@@ -154,16 +159,28 @@ def _worker(config: RunConfig, device: DeviceKind, *, votes: bool) -> WorkerConf
         threads=config.threads,
         channels_last=config.channels_last,
         precision=config.precision,
+        compile=config.compile,
+        loader_processes=config.loader_processes or 0,
         freeze_batch_norm=config.freeze_batch_norm,
         eval_every=config.eval_every,
         evaluate=config.evaluate,
         overlap=bool(config.overlap),
         # With a vote the last slice may still drop the step: nobody may have begun with the others (E8). And only x86
         # promises that whoever sees a slice's word sees the slice.
-        early_forward=config.early_forward and not votes and platform.machine() in _KEEPS_STORE_ORDER,
+        early_forward=config.early_forward
+        and not votes
+        and not config.compile
+        and platform.machine() in _KEEPS_STORE_ORDER,
         # Of a worker's own waits: whoever watches the run has acted long before.
         step_timeout_s=2 * config.step_timeout + 30 if config.step_timeout else _BACKSTOP_S,
     )
+
+
+def _loader_processes(config: RunConfig, device: DeviceKind) -> int:
+    """Where cores compute, whoever draws samples in the background only takes their time."""
+    if config.loader_processes is None:
+        return _LOADERS_OF_A_GPU if device == "cuda" else 0
+    return config.loader_processes
 
 
 def _check_shared_memory(config: RunConfig, partition: Partition, workers: int, microbatches: int) -> None:

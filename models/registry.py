@@ -3,17 +3,18 @@
 import hashlib
 import inspect
 import linecache
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models.errors import TaskError
 from models.options import TaskOptions
 from models.task import Task
 
-__all__ = ["TaskSource", "build_task", "list_tasks", "read_task"]
+__all__ = ["Packed", "TaskSource", "build_task", "list_tasks", "pack", "read_task"]
 
 
 def _ssd(options: TaskOptions) -> Task:
@@ -42,6 +43,8 @@ _TASKS: dict[str, tuple[str, Callable[[TaskOptions], Task]]] = {
     ),
     "classify": ("image classification (LeNet, and torchvision's networks by name)", _classify),
 }
+_loaded: dict[str, tuple[Path, str]] = {}
+"""Files of users' tasks by the names of their modules."""
 _TASK_METHODS = ("build_model", "build_dataset", "collate", "loss", "predict", "build_metric")
 
 
@@ -118,10 +121,37 @@ def _load_text(path: Path, text: str) -> ModuleType:
     module.__file__ = str(path)
     # Dataclasses and pickle look their module up while it is being executed, tracebacks look for its lines.
     sys.modules[unique] = module
+    _loaded[unique] = (path, text)
     linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
     try:
         exec(compile(text, str(path), "exec"), module.__dict__)
     except Exception as error:
-        del sys.modules[unique]
+        del sys.modules[unique], _loaded[unique]
         raise TaskError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
+
+
+class Packed(NamedTuple):
+    """Something for another process of this machine, with the files of users' tasks that it may be made of."""
+
+    files: tuple[tuple[Path, str], ...]
+    """Paths and texts."""
+    content: bytes
+
+    def unpack(self) -> Any:
+        """The thing itself."""
+        for path, text in self.files:
+            _load_text(path, text)
+        return pickle.loads(self.content)
+
+
+def pack(thing: Any) -> Packed:
+    """Pack a task, its data set, or what holds them.
+
+    Raises:
+        TaskError: if it cannot be pickled.
+    """
+    try:
+        return Packed(tuple(_loaded.values()), pickle.dumps(thing))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TaskError(f"the task's data set cannot be sent to another process: {error}") from error

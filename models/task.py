@@ -42,6 +42,11 @@ class Batch:
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, which a GPU reads without waiting; a ``DataLoader`` calls it."""
+        targets = {name: value.pin_memory() for name, value in self.targets.items()}
+        return replace(self, images=self.images.pin_memory(), targets=targets)
+
     def to(self, device: torch.device, *, channels_last: bool = False) -> "Batch":
         """The batch on ``device``; images in channels-last order if asked for."""
         layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -5,14 +5,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from models.task import Sample, Task
+from models.task import Task
 from paramserver.client import Client
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.partition import Partition
 from paramserver.state import State
 from paramserver.transport.protocol import Transport
+from workers.compiled import compile_model
 from workers.config import WorkerConfig
 from workers.ddp import DdpBackend
 from workers.device import setup_device
@@ -21,6 +21,7 @@ from workers.local_servers import LocalServers
 from workers.minibatch import deal_runs
 from workers.param_server import ParamServerBackend
 from workers.replica import Replica, describe_model, freeze_batch_norm
+from workers.samples import MicrobatchLoader
 from workers.seeding import seeded
 from workers.single import SingleBackend
 from workers.worker import Worker
@@ -59,6 +60,8 @@ def build_parts(task: Task, config: WorkerConfig, optimizer: OptimizerConfig, se
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     partition, state = describe_model(model, optimizer, servers)
+    if config.compile:
+        compile_model(model)
     return Parts(Replica(model, partition), partition, state)
 
 
@@ -82,7 +85,7 @@ def build_param_server_worker(
     config: WorkerConfig,
     replica: Replica,
     transport: Transport,
-    dataset: Dataset[Sample] | None = None,
+    loader: MicrobatchLoader | None = None,
     faults: Observer | None = None,
     generation: int | None = None,
 ) -> tuple[Worker, ParamServerBackend]:
@@ -93,7 +96,7 @@ def build_param_server_worker(
         config: its place and settings.
         replica: its model.
         transport: its way to the servers.
-        dataset: the training set; None builds it.
+        loader: of the training set; None makes one.
         faults: what is to happen to it, if anything is.
         generation: see ``Client``.
     """
@@ -107,7 +110,7 @@ def build_param_server_worker(
         overlap=config.overlap,
         early_forward=config.early_forward,
     )
-    return Worker(task, config, replica, backend, dataset, faults), backend
+    return Worker(task, config, replica, backend, loader, faults), backend
 
 
 def build_ddp_worker(

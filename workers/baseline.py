@@ -10,8 +10,10 @@ from torch.utils.data import DataLoader
 
 from models.task import Batch, Task
 from paramserver.config import OptimizerConfig
+from workers.compiled import compile_model
 from workers.config import WorkerConfig
 from workers.device import setup_device
+from workers.precision import autocast
 from workers.seeding import derive_seed, seeded
 from workers.timing import PHASES
 
@@ -38,7 +40,10 @@ def train_baseline(task: Task, config: WorkerConfig, optimizer: OptimizerConfig)
         model = task.build_model()
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=layout).train()  # type: ignore[call-overload]
+    if config.compile:
+        compile_model(model)
     sgd = _build_optimizer(model, optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     torch.manual_seed(derive_seed("baseline", config.plan.seed))
     batches = itertools.chain.from_iterable(itertools.repeat(_loader(task, config)))
     clock = _CudaClock() if device.type == "cuda" else _Clock()
@@ -48,12 +53,13 @@ def train_baseline(task: Task, config: WorkerConfig, optimizer: OptimizerConfig)
         clock.mark()
         for group in sgd.param_groups:
             group["lr"] = optimizer.learning_rate(step) * group["lr_factor"]
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        with autocast(device.type, config.precision):
             loss = task.loss(model, batch)
         mean = loss.total / loss.weight.clamp(min=1.0).to(loss.total.dtype)
-        mean.backward()  # type: ignore[no-untyped-call]
+        scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
         clock.mark()
-        sgd.step()
+        scaler.step(sgd)
+        scaler.update()
         sgd.zero_grad(set_to_none=True)
         clock.mark()
     return _by_stage(clock.intervals_ms())

@@ -7,7 +7,7 @@ from paramserver.errors import ConfigError
 
 __all__ = ["DeviceKind", "PlanConfig", "Precision", "WorkerConfig"]
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 DeviceKind = Literal["cpu", "cuda"]
 
 
@@ -61,7 +61,11 @@ class WorkerConfig:
     channels_last: bool = False
     """Whether images and weights lie in channels-last order."""
     precision: Precision = "fp32"
-    """``bf16`` runs forward passes under autocast."""
+    """``bf16`` and ``fp16`` run forward passes under autocast; with ``fp16`` the loss is scaled."""
+    compile: bool = False
+    """Whether the model is compiled by ``torch.compile``, for training alone."""
+    loader_processes: int = 0
+    """Processes that draw samples in the background; 0: the worker itself does."""
     freeze_batch_norm: bool = False
     """Whether batch norm keeps its statistics, scale and shift."""
     eval_every: int = 0

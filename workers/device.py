@@ -77,6 +77,7 @@ def device_kind(config: WorkerConfig) -> dict[str, str | int | bool]:
         "threads": config.threads,
         "channels_last": config.channels_last,
         "precision": config.precision,
+        "compile": config.compile,
         "mkldnn": bool(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu": cpu_model(),

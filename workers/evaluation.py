@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from models.task import Batch, Metric, Sample, Task
 from workers.config import WorkerConfig
+from workers.precision import autocast
 from workers.replica import Replica
 
 __all__ = ["evaluate"]
@@ -20,7 +21,7 @@ def evaluate(task: Task, replica: Replica, config: WorkerConfig) -> Metric:
     metric = task.build_metric()
     with (
         replica.evaluating() as model,
-        torch.autocast(replica.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"),
+        autocast(replica.device.type, config.precision),
     ):
         for batch in _batches(task, task.build_dataset("val"), config):
             metric.update(task.predict(model, batch.to(replica.device, channels_last=config.channels_last)), batch)

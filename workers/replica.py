@@ -12,6 +12,7 @@ from paramserver.errors import ConfigError, ReplicaMismatch
 from paramserver.integers import IntegerBlock
 from paramserver.partition import BUFFERS, Key, KeySpec, Partition, make_partition
 from paramserver.state import State
+from workers.compiled import uncompiled
 
 __all__ = ["Replica", "describe_model", "freeze_batch_norm"]
 
@@ -243,7 +244,7 @@ class Replica:
         self.reset_buffers()
         self.model.eval()
         try:
-            with torch.no_grad():  # inference mode would poison what tasks cache, anchors for instance
+            with uncompiled(), torch.no_grad():  # inference mode would poison what tasks cache, anchors for instance
                 yield self.model
         finally:
             _train(self.model)

@@ -1,20 +1,38 @@
 """Samples of a worker's microbatches, in the order in which it needs them, each drawn under its own seed."""
 
+import ctypes
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from models.errors import TaskError
+from models.registry import Packed, pack
 from models.task import Batch, Sample, Task
+from paramserver.errors import ConfigError
+from workers.config import WorkerConfig
 from workers.minibatch import MinibatchPlan
 from workers.seeding import seeded
 
-__all__ = ["MicrobatchLoader"]
+__all__ = ["MicrobatchLoader", "SeededDataset", "build_loader"]
+
+_PREFETCH = 2
+"""Microbatches that each loader process is ahead."""
+_PR_SET_PDEATHSIG = 1  # as sys/prctl.h has it
 
 
-class _SeededDataset(Dataset[Sample]):
-    """Takes ``(epoch, index)``, since a data set of its own never learns the epoch, and seeds by both."""
+class SeededDataset(Dataset[Sample]):
+    """Takes ``(epoch, index)``, since a data set of its own never learns the epoch, and seeds by both.
+
+    Args:
+        dataset: the training set.
+        seed: the run's.
+    """
 
     def __init__(self, dataset: Dataset[Sample], seed: int) -> None:
         self._dataset = dataset
@@ -26,33 +44,78 @@ class _SeededDataset(Dataset[Sample]):
             return self._dataset[index]
 
 
+class _Elsewhere(Dataset[Any]):
+    """The training set and its task in a loader process, where they are unpacked when they are used first.
+
+    What is raised there comes back as a result: a ``DataLoader`` would put a traceback into its message.
+    """
+
+    def __init__(self, packed: Packed) -> None:
+        self._packed = packed
+        self._unpacked: tuple[SeededDataset, Task] | None = None
+
+    def _open(self) -> tuple[SeededDataset, Task]:
+        if self._unpacked is None:
+            self._unpacked = self._packed.unpack()
+        return self._unpacked
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | Exception:
+        try:
+            return self._open()[0][key]
+        except Exception as error:
+            return error
+
+    def collate(self, samples: list[Sample | Exception]) -> Batch | Exception:
+        """See ``Task.collate``."""
+        try:
+            for sample in samples:
+                if isinstance(sample, Exception):
+                    return sample
+            return self._open()[1].collate(cast(list[Sample], samples))
+        except Exception as error:
+            return error
+
+
+def _begin_process(threads: int, parent: int, _number: int) -> None:
+    """In a loader process: compute as the worker would, and end when it does."""
+    torch.set_num_threads(threads)  # a mean over an image depends on it
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was too late for that
+        os._exit(0)
+
+
 class _RunSampler(Sampler[list[tuple[int, int]]]):
     """Keys of each non-empty microbatch of a run, step by step."""
 
-    def __init__(self, plan: MinibatchPlan, run: range, first_step: int) -> None:
+    def __init__(self, plan: MinibatchPlan) -> None:
         self._plan = plan
-        self._run = run
-        self._first_step = first_step
+        self.run = range(0)
+        self.first_step = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self._first_step, self._plan.config.steps):
+        for step in range(self.first_step, self._plan.config.steps):
             epoch = self._plan.epoch(step)
             microbatches = self._plan.microbatches(step)
-            for index in self._run:
+            for index in self.run:
                 if microbatches[index]:
                     yield [(epoch, sample) for sample in microbatches[index]]
 
 
 class MicrobatchLoader:
-    """Iterates over the batches of one run of microbatches from ``first_step`` on.
+    """Gives the batches of one run of microbatches after the other; ``begin`` says of which.
+
+    Loader processes live as long as this does, since starting one takes seconds; each ends with the process that
+    started it, however that ends.
 
     Args:
         task: collates.
         dataset: the training set.
         plan: which samples come when.
-        run: microbatches of this worker.
-        first_step: step to begin with, from 0.
+        processes: that draw samples in the background; 0: this one draws them when it is asked.
         pin_memory: whether batches go to a GPU.
+
+    Raises:
+        ConfigError: if there are to be processes and the data set cannot be sent to them.
     """
 
     def __init__(
@@ -60,19 +123,45 @@ class MicrobatchLoader:
         task: Task,
         dataset: Dataset[Sample],
         plan: MinibatchPlan,
-        run: range,
-        first_step: int,
         *,
+        processes: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        loader: DataLoader[Any] = DataLoader(
-            _SeededDataset(dataset, plan.config.seed),
-            batch_sampler=_RunSampler(plan, run, first_step),
-            collate_fn=task.collate,
+        self.plan = plan
+        self._sampler = _RunSampler(plan)
+        drawn: Any = SeededDataset(dataset, plan.config.seed)
+        background: dict[str, Any] = {}
+        collate: Any = task.collate
+        if processes:
+            try:
+                drawn = _Elsewhere(pack((drawn, task)))
+            except TaskError as error:
+                raise ConfigError(f"{error}: say --loader-processes 0") from error
+            collate = drawn.collate
+            background = {
+                "num_workers": processes,
+                "multiprocessing_context": "spawn",  # a fork would share locks with threads that do not exist in it
+                "persistent_workers": True,
+                "prefetch_factor": _PREFETCH,
+                "worker_init_fn": partial(_begin_process, torch.get_num_threads(), os.getpid()),
+            }
+        self._loader: DataLoader[Any] = DataLoader(
+            drawn,
+            batch_sampler=self._sampler,
+            collate_fn=collate,
             pin_memory=pin_memory,
+            # Of its own: it would draw from the global one, which belongs to the samples.
+            generator=torch.Generator(),
+            **background,
         )
-        self._batches = iter(loader)
+        self._batches: Iterator[Any] = iter(())
         self._prepared: Future[Batch] | None = None
+
+    def begin(self, run: range, first_step: int) -> None:
+        """Whatever comes next is of these microbatches, from this step on, counted from 0."""
+        self._sampler.run, self._sampler.first_step = run, first_step
+        self._prepared = None
+        self._batches = iter(self._loader)
 
     def next(self) -> Batch:
         """The next non-empty microbatch."""
@@ -86,6 +175,17 @@ class MicrobatchLoader:
         if self._prepared is None:
             self._prepared = Future()
             try:
-                self._prepared.set_result(cast(Batch, next(self._batches)))
+                drawn = next(self._batches)
+                if isinstance(drawn, Exception):
+                    raise drawn
+                self._prepared.set_result(cast(Batch, drawn))
             except Exception as error:
                 self._prepared.set_exception(error)
+
+
+def build_loader(task: Task, config: WorkerConfig) -> MicrobatchLoader:
+    """The loader of a worker, whatever its run."""
+    dataset = task.build_dataset("train")
+    plan = MinibatchPlan(config.plan, len(dataset))  # type: ignore[arg-type]
+    pin_memory = config.device == "cuda"
+    return MicrobatchLoader(task, dataset, plan, processes=config.loader_processes, pin_memory=pin_memory)

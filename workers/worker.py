@@ -1,24 +1,22 @@
 """The training loop, one for all backends."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-import torch
-from torch.utils.data import Dataset
-
-from models.task import Batch, LossSum, Sample, Task
+from models.task import Batch, LossSum, Task
 from paramserver.errors import ConfigError
 from paramserver.messages import MicrobatchStats
 from workers.backend import Backend
 from workers.config import WorkerConfig
 from workers.evaluation import evaluate
 from workers.faults import Observer
-from workers.minibatch import MinibatchPlan, deal_runs
+from workers.minibatch import deal_runs
+from workers.precision import autocast, backward_scaled
 from workers.replica import Replica
 from workers.report import EvaluationReport, LedgerRow, StepReport
-from workers.samples import MicrobatchLoader
+from workers.samples import MicrobatchLoader, build_loader
 from workers.seeding import seeded
 from workers.timing import PhaseTimer
 
@@ -40,7 +38,7 @@ class Worker:
         config: this worker's place and settings.
         replica: its model.
         backend: how gradients become the next version.
-        dataset: the training set; None builds it.
+        loader: of the training set; None makes one.
         faults: what is to happen here, if anything is.
     """
 
@@ -50,24 +48,22 @@ class Worker:
         config: WorkerConfig,
         replica: Replica,
         backend: Backend,
-        dataset: Dataset[Sample] | None = None,
+        loader: MicrobatchLoader | None = None,
         faults: Observer | None = None,
     ) -> None:
         self._task = task
         self._config = config
         self._replica = replica
         self._backend = backend
-        dataset = task.build_dataset("train") if dataset is None else dataset
-        self.plan = MinibatchPlan(config.plan, len(dataset))  # type: ignore[arg-type]
+        self._loader = build_loader(task, config) if loader is None else loader
+        self.plan = self._loader.plan
         self._run = deal_runs(config.plan.microbatches, config.num_workers)[config.worker]
         self._faults = faults
         self._at = backend.version + 1
         self._poisoned = False
         self._timer = PhaseTimer(self._enter)
         self._begun: _Begun | None = None
-        self._loader = MicrobatchLoader(
-            task, dataset, self.plan, self._run, backend.version, pin_memory=replica.device.type == "cuda"
-        )
+        self._loader.begin(self._run, backend.version)
 
     def run(self, *, evaluate: bool = False, train: bool = True) -> Iterator[StepReport | EvaluationReport]:
         """Take step after step; between two reports the caller may read the version just committed.
@@ -146,8 +142,7 @@ class Worker:
             self._backend.forwarded(len(batch), _stats(index, loss, batch) if on_cpu else None)
             if self._poisoned:
                 self._poisoned, loss = False, loss._replace(total=loss.total * float("nan"))
-            with self._seeded("backward", step, index):
-                loss.total.backward()  # type: ignore[no-untyped-call]
+            self._backward(loss, lambda: self._seeded("backward", step, index))
             # Reading the loss waits for the device, so that its time is booked here and not on the next stage.
             return _stats(index, loss, batch)
 
@@ -155,13 +150,20 @@ class Worker:
         with self._seeded("microbatch", step, index):
             return self._loss(batch)
 
+    def _backward(self, loss: LossSum, seeded: Callable[[], AbstractContextManager[None]]) -> None:
+        if self._config.precision == "fp16":
+            backward_scaled(loss, [parameter for _, parameter in self._replica.parameters], seeded)
+            return
+        with seeded():
+            loss.total.backward()  # type: ignore[no-untyped-call]
+
     def _seeded(self, what: str, step: int, index: int) -> AbstractContextManager[None]:
         # Backward has a seed of its own, since it may not follow at once.
         return seeded(what, self._config.plan.seed, step, index, device=self._replica.device)
 
     def _loss(self, batch: Batch) -> LossSum:
         try:
-            with self._autocast():
+            with autocast(self._replica.device.type, self._config.precision):
                 return self._task.loss(self._backend.module, batch)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
@@ -174,10 +176,6 @@ class Worker:
     def _next_batch(self) -> Batch:
         with self._timer.phase("split"):
             return self._loader.next().to(self._replica.device, channels_last=self._config.channels_last)
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self._config.precision == "bf16"
-        return torch.autocast(self._replica.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _evaluation(self, step: int) -> Iterator[EvaluationReport]:
         begin = time.perf_counter()

@@ -69,3 +69,9 @@ def test_config_of_a_run_repeats_it(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"]
     assert summaries[0]["state_fingerprint"] == summaries[1]["state_fingerprint"]
     assert {**content("first", "config.yaml"), "name": "again"} == content("again", "config.yaml")
+
+
+def test_compiling_without_a_compiler_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"--compile needs a C\+\+ compiler"):
+        resolve(RunConfig(task="ssd", device="cpu", compile=True))

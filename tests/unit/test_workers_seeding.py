@@ -89,13 +89,19 @@ def test_blocks_nest() -> None:
     assert _equal(_drawn("inner"), inner)
 
 
+def _begun(task: TinyTask, plan: MinibatchPlan, run: range, first_step: int = 0) -> MicrobatchLoader:
+    loader = MicrobatchLoader(task, task.build_dataset("train"), plan)
+    loader.begin(run, first_step)
+    return loader
+
+
 def _images(num_workers: int, first_step: int = 0) -> dict[tuple[int, int], torch.Tensor]:
     """Images by step and microbatch, as the loaders of so many workers give them."""
     task = TinyTask()
     plan = MinibatchPlan(PlanConfig(batch_size=15, microbatches=4, steps=5), 31)
     images = {}
     for run in deal_runs(4, num_workers):
-        loader = MicrobatchLoader(task, task.build_dataset("train"), plan, run, first_step)
+        loader = _begun(task, plan, run, first_step)
         for step in range(first_step, 5):
             for index in run:
                 if samples := plan.microbatches(step)[index]:
@@ -124,7 +130,7 @@ def test_samples_and_their_augmentation_are_the_same_for_any_number_of_workers_a
 def test_the_same_sample_is_augmented_otherwise_in_the_next_epoch() -> None:
     task = TinyTask()
     plan = MinibatchPlan(PlanConfig(batch_size=1, microbatches=1, steps=2), 1)
-    loader = MicrobatchLoader(task, task.build_dataset("train"), plan, range(1), 0)
+    loader = _begun(task, plan, range(1))
     assert not torch.equal(loader.next().images, loader.next().images)
 
 
@@ -149,7 +155,7 @@ class _Unreadable(TinyTask):
 def test_what_preparing_raises_is_raised_when_the_microbatch_is_taken() -> None:
     plan = MinibatchPlan(PlanConfig(batch_size=1, microbatches=1, steps=2), 2)
     order = [plan.microbatches(step)[0] for step in range(2)]
-    loader = MicrobatchLoader(_Unreadable(), _Unreadable().build_dataset("train"), plan, range(1), 0)
+    loader = _begun(_Unreadable(), plan, range(1))
     for samples in order:
         loader.prepare()
         loader.prepare()  # once is enough
