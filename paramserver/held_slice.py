@@ -9,8 +9,9 @@ from torch import Tensor
 
 from paramserver.config import OptimizerConfig
 from paramserver.errors import NonFiniteGradient
-from paramserver.optimizer import build_slice_optimizer
-from paramserver.partition import BUFFERS, Key, Slice
+from paramserver.fused_sgd import fused_sgd
+from paramserver.optimizer import Sgd, build_slice_optimizer
+from paramserver.partition import BUFFERS, ELEMENT_BYTES, Key, Slice
 from paramserver.reduction import TreeSum
 from paramserver.scratch import Scratch
 from paramserver.server_memory import CHUNK, ServerMemory
@@ -50,6 +51,7 @@ class HeldSlice:
             build_slice_optimizer(pair, chunk, config, factor)
             for pair, chunk in zip(zip(*self._chunks, strict=True), memory.chunks(piece), strict=False)
         ]
+        self._fused = fused_sgd() if config.name == "sgd" else None
         self.parts = range(len(self._ranges))
         """Chunks, which may be updated by different threads."""
         self._done: set[int] = set()
@@ -106,6 +108,13 @@ class HeldSlice:
         Raises:
             NonFiniteGradient: naming the key, where there was no vote.
         """
+        if (
+            self._mean is None
+            and self.piece.group != BUFFERS
+            and self._update_in_one_pass(part, version, divisor, lr, scratch)
+        ):
+            self._done.add(part)
+            return
         old, new = self._chunks[version % 2], self._chunks[(version + 1) % 2]
         lo, hi = self._ranges[part]
         begin = time.perf_counter()
@@ -125,6 +134,21 @@ class HeldSlice:
         scratch.busy["aggregate"] += summed - begin
         scratch.busy["update"] += time.perf_counter() - summed
         self._done.add(part)
+
+    def _update_in_one_pass(self, part: int, version: int, divisor: Tensor, lr: float, scratch: Scratch) -> bool:
+        """``update`` with sum and optimizer at once, all of it booked as ``update``; False if there is no such pass."""
+        optimizer, (lo, hi) = self._optimizers[part], self._ranges[part]
+        if self._fused is None or not isinstance(optimizer, Sgd):
+            return False
+        begin = time.perf_counter()
+        vectors, additions = self._sum.plan()
+        if not all(vector.is_contiguous() for vector in vectors):
+            return False
+        pushed = [vector.data_ptr() + ELEMENT_BYTES * lo for vector in vectors]
+        if not optimizer.step_tree(self._fused, version, pushed, additions, float(divisor), lr):
+            self._refuse_non_finite(scratch.sum(self._sum, lo, hi), lo, hi, version + 1)
+        scratch.busy["update"] += time.perf_counter() - begin
+        return True
 
     def skip(self, version: int) -> None:
         """Write version ``version + 1`` as a copy of ``version``."""

@@ -1,15 +1,17 @@
 """One slice's optimizer, double-buffered: reads version ``t``, writes version ``t + 1``, never touches ``t``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from paramserver.config import OptimizerConfig
+from paramserver.fused_sgd import FusedSgd
+from paramserver.reduction import Addition
 from paramserver.server_memory import ChunkMemory
 
-__all__ = ["SliceOptimizer", "build_slice_optimizer"]
+__all__ = ["Sgd", "SliceOptimizer", "build_slice_optimizer"]
 
 
 class SliceOptimizer(Protocol):
@@ -46,11 +48,11 @@ def build_slice_optimizer(
         lr_factor: factor on the learning rate of this slice's group.
     """
     if config.name == "sgd":
-        return _Sgd(values, memory, config, lr_factor)
+        return Sgd(values, memory, config, lr_factor)
     return _TorchOptimizer(values, memory, config, lr_factor)
 
 
-class _Sgd:
+class Sgd:
     """``torch.optim.SGD`` to the bit (``foreach=False``), from one version into the other without copying first.
 
     The formulas are those of torch/optim/sgd.py ``_single_tensor_sgd``, with ``out=`` in place of in-place.
@@ -96,6 +98,44 @@ class _Sgd:
         direction.addcdiv_(total, divisor)  # rounds the quotient, then the sum
         self._note_momentum(target, known=True)
         self._move(version, direction, lr)
+
+    def step_tree(
+        self,
+        fused: FusedSgd,
+        version: int,
+        pushed: Sequence[int],
+        additions: tuple[Addition, ...],
+        divisor: float,
+        lr: float,
+    ) -> bool:
+        """As ``step_sum`` with the sum of contributions, to the bit, in one pass; False if it is not finite somewhere.
+
+        Args:
+            fused: the pass.
+            version: the committed one, which is read.
+            pushed: addresses of the contributions, (n,) fp32 each.
+            additions: that make their sum.
+            divisor: of the sum.
+            lr: learning rate, before this slice's factor.
+        """
+        source, target = version % 2, (version + 1) % 2
+        config, momentum = self._config, self._momentum
+        finite = fused(
+            pushed,
+            additions,
+            (self._values[source], self._values[target]),
+            (None, None)
+            if momentum is None
+            else (momentum[source] if self._has_momentum[source] else None, momentum[target]),
+            divisor=divisor,
+            lr=lr * self._lr_factor,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+        )
+        if momentum is not None:
+            self._note_momentum(target, known=True)
+        return finite
 
     def _move(self, version: int, direction: Tensor, lr: float) -> None:
         old, new = self._values[version % 2], self._values[(version + 1) % 2]

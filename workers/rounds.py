@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paramserver.config import OptimizerConfig
+from paramserver.fused_sgd import FusedSgd, fused_sgd
 from paramserver.messages import MicrobatchStats
+from paramserver.reduction import Node, plan_additions
 from paramserver.server_memory import CHUNK
 from workers.backend import Backend
 from workers.timing import PhaseTimer
@@ -143,9 +146,14 @@ def ddp_round(filling: Filling, wrapped: nn.Module, config: OptimizerConfig) -> 
 
 
 def limit_round(length: int, contributions: int, config: OptimizerConfig) -> Callable[[], None]:
-    """What memory allows one thread: sum and SGD in one pass over plain buffers, chunk by chunk, state in place."""
+    """What memory allows one thread: sum and SGD in one pass over plain buffers, state in place.
+
+    Where there is a compiled pass it is that, else torch's operations chunk by chunk.
+    """
     values, momentum = torch.randn(length), torch.zeros(length)
     pushed = [torch.randn(length) for _ in range(contributions)]
+    if (fused := fused_sgd()) is not None:
+        return partial(_fused_pass, fused, values, momentum, pushed, config)
     scratch = [torch.empty(CHUNK) for _ in range(contributions)]
     weight = torch.tensor(float(contributions))
 
@@ -164,3 +172,21 @@ def limit_round(length: int, contributions: int, config: OptimizerConfig) -> Cal
             values[lo:hi].add_(momentum[lo:hi], alpha=-config.lr)
 
     return one
+
+
+def _fused_pass(
+    fused: FusedSgd, values: Tensor, momentum: Tensor, pushed: Sequence[Tensor], config: OptimizerConfig
+) -> None:
+    leaves = tuple(Node(index, index + 1) for index in range(len(pushed)))
+    fused(
+        [vector.data_ptr() for vector in pushed],
+        plan_additions(Node(0, len(pushed)), leaves),
+        (values, values),
+        (momentum, momentum),
+        divisor=float(len(pushed)),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        streaming=False,
+    )

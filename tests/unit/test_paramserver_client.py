@@ -40,7 +40,7 @@ def test_a_commit_adds_the_servers_busy_times() -> None:
     fleet = _fleet()
     commit = fleet.step({"a": torch.ones(200)})
     assert commit.server_ms.keys() == {"aggregate", "update", "commit"}
-    assert commit.server_ms["aggregate"] > 0
+    assert commit.server_ms["aggregate"] + commit.server_ms["update"] > 0
     assert commit.last_worker == 0
 
 

@@ -1,0 +1,145 @@
+"""One pass over memory has the bits of torch's many."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from paramserver import fused_sgd as module
+from paramserver import held_slice
+from paramserver.config import OptimizerConfig
+from paramserver.errors import NonFiniteGradient
+from paramserver.fused_sgd import fused_sgd
+from paramserver.messages import MicrobatchStats
+from paramserver.reduction import maximal_nodes
+from tests.support.servers import Fleet, bits_equal
+
+needs_a_compiler = pytest.mark.skipif(fused_sgd() is None, reason="no C compiler")
+
+
+def _train(length: int, runs: list[range], steps: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Values and momentum after some steps to which each run pushes its maximal tree nodes."""
+    random = torch.Generator().manual_seed(length)
+    microbatches = runs[-1].stop
+    fleet = Fleet(
+        {"w": torch.randn(length, generator=random), "v": torch.randn(3, generator=random)},
+        OptimizerConfig(lr=0.1, **options),
+        num_microbatches=microbatches,
+        num_servers=2,
+        slice_bytes=4096,
+    )
+    client = fleet.client()
+    for step in range(steps):
+        for run in runs:
+            for node in maximal_nodes(run.start, run.stop, microbatches):
+                vector = torch.randn(fleet.partition.length, generator=random)
+                rows = tuple(MicrobatchStats(index, 0.0, 1.5, 1) for index in range(node.lo, node.hi))
+                client.push(step, node, vector, rows, {})
+        client.wait(step + 1)
+    state = fleet.state()
+    return {**state.values, **{f"{key}/{name}": v for key, held in state.optimizer.items() for name, v in held.items()}}
+
+
+def _runs(cuts: list[int]) -> list[range]:
+    edges = sorted({0, *cuts})
+    return [range(lo, hi) for lo, hi in itertools.pairwise(edges)]
+
+
+@needs_a_compiler
+@given(
+    length=st.integers(1, 3000),
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    options=st.sampled_from(
+        [
+            {},
+            {"weight_decay": 0.01},
+            {"momentum": 0.9},
+            {"momentum": 0.9, "weight_decay": 0.01},
+            {"momentum": 0.9, "nesterov": True},
+            {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "lr_factors": (("w", 3.0),)},
+        ]
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_tree_and_setting_gives_the_bits_of_torch(length: int, cuts: list[int], options: dict[str, Any]) -> None:
+    fused = _train(length, _runs(cuts), 3, options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_slice, "fused_sgd", lambda: None)
+        plain = _train(length, _runs(cuts), 3, options)
+    assert bits_equal(fused, plain)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("place", [0, 63, 64, 999])
+def test_a_gradient_that_is_not_finite_is_named_wherever_it_is(value: float, place: int) -> None:
+    fleet = Fleet({"w": torch.ones(1000)}, OptimizerConfig(lr=0.1, momentum=0.9), slice_bytes=4096)
+    gradient = torch.zeros(1000)
+    gradient[place] = value
+    with pytest.raises(NonFiniteGradient, match="'w' is not finite in step 1"):
+        fleet.step({"w": gradient})
+    assert torch.equal(fleet.state().values["w"], torch.ones(1000)), "the committed version stands"
+
+
+@needs_a_compiler
+def test_large_finite_numbers_are_no_reason_to_stop() -> None:
+    fleet = Fleet({"w": torch.zeros(100)}, OptimizerConfig(lr=1e-30), num_microbatches=1)
+    fleet.step({"w": torch.full((100,), 3e38)})
+    assert fleet.state().values["w"].isfinite().all()
+
+
+@needs_a_compiler
+def test_numbers_near_zero_are_kept() -> None:
+    """No flags of the compiler or the processor make zeros of them."""
+    fleet = Fleet({"w": torch.zeros(100)}, OptimizerConfig(lr=1.0))
+    fleet.step({"w": torch.full((100,), 1e-42)})
+    assert torch.equal(fleet.state().values["w"], torch.full((100,), -1e-42))
+
+
+def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "which", lambda _: None)
+    fused_sgd.cache_clear()
+    try:
+        assert fused_sgd() is None
+        fleet = Fleet({"w": torch.zeros(4)}, OptimizerConfig(lr=1.0))
+        fleet.step({"w": torch.ones(4)})
+        assert torch.equal(fleet.state().values["w"], -torch.ones(4))
+    finally:
+        fused_sgd.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "spoil", [("kept + gradient;", "kept + gradient + 1e-7f;"), ("fmaf(direction", "fmaf(2 * direction")]
+)
+@needs_a_compiler
+def test_a_pass_with_other_bits_is_not_used(
+    spoil: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "fused_sgd.c"
+    text = module._SOURCE.read_text()
+    assert spoil[0] in text
+    source.write_text(text.replace(*spoil))
+    monkeypatch.setattr(module, "_SOURCE", source)
+    monkeypatch.setattr(module.Path, "home", lambda: tmp_path)
+    fused_sgd.cache_clear()
+    try:
+        assert fused_sgd() is None
+        assert [path.suffix for path in (tmp_path / ".cache/pushpull").iterdir()] == [".so"], "nothing else is left"
+    finally:
+        fused_sgd.cache_clear()
+
+
+@needs_a_compiler
+def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".cache").write_text("a file")
+    monkeypatch.setattr(module.Path, "home", lambda: tmp_path)
+    fused_sgd.cache_clear()
+    try:
+        assert fused_sgd() is not None, "it is made in a folder that lasts as long as it takes"
+    finally:
+        fused_sgd.cache_clear()
