@@ -25,8 +25,8 @@ HANG_S = 300.0
 SLOW_S = 5.0
 """A recovery that takes longer is told event by event."""
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ssd": {"image_size": "64", "steps": 300, "slice_bytes": 1 << 14},
-    "fcn": {"image_size": "48x64", "steps": 150},
+    "ssd": {"image_size": "64", "steps": 500, "slice_bytes": 1 << 14},
+    "fcn": {"image_size": "48x64", "steps": 250},
 }
 COMMON = {"batch_size": 13, "microbatches": 4, "seed": 3, "checkpoint_every": 20, "evaluate": False, "momentum": 0.9}
 
@@ -71,8 +71,10 @@ def _victims(folder: Path, role: str) -> list[int]:
     return [row["pid"] for row in rows if row["role"] == role]
 
 
-def _disturb(dice: random.Random, task: str, out: Path, name: str, kills: int, tally: Tally) -> None:
-    """One run with so many kills."""
+def _disturb(
+    dice: random.Random, task: str, out: Path, name: str, kills: int, pause_s: float, tally: Tally
+) -> None:
+    """One run with so many kills, each up to ``pause_s`` after the one before it."""
     workers, servers = dice.randint(2, 4), dice.randint(1, 2)
     more = ["--backend=ps", f"--workers={workers}", f"--servers={servers}", "--resume=auto"]
     command, folder = _command(task, out, name, *more), out / name
@@ -82,7 +84,7 @@ def _disturb(dice: random.Random, task: str, out: Path, name: str, kills: int, t
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
         if next_kill is None and _step(folder) and len(done) < kills:
-            next_kill = time.monotonic() + dice.uniform(0.0, 3.0)
+            next_kill = time.monotonic() + dice.uniform(0.0, pause_s)
         if next_kill is None or time.monotonic() < next_kill:
             continue
         role = dice.choices(["worker", "server", "driver"], [10, 6, 1])[0]
@@ -152,6 +154,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--pause", type=float, default=8.0, help="seconds between two kills at most")
     options = parser.parse_args()
     tally, memory = Tally(), shared_memory()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
@@ -165,7 +168,7 @@ def main() -> int:
             task = "fcn" if number % 5 == 4 else "ssd"
             folders = ray_folders()
             before = sum(tally.kills.values())
-            _disturb(dice, task, out, f"run-{number}", each, tally)
+            _disturb(dice, task, out, f"run-{number}", each, options.pause, tally)
             word = _judge(out, task, f"run-{number}", tally)
             left = gone(ray_folders() - folders)
             tally.left_behind += bool(left) + bool(shared_memory() - memory)

@@ -136,7 +136,6 @@ def test_worker_that_is_lost_with_its_node_in_the_first_a_middle_and_the_last_st
     faults.write_text(yaml.safe_dump([kill("node", 1 + i, step, stage) for i, step in enumerate((1, 3, 6))]))
     folder = _train(tmp_path, head, f"--faults={faults}", "--spares=0", task=task, workers=4)
     _check(folder, undisturbed, task)
-    lost = [
-        row["number"] for row in rows_of(folder, "events.jsonl") if row["kind"] == "lost" and row["role"] == "worker"
-    ]
-    assert lost == [1, 2, 3]
+    told = [row for row in rows_of(folder, "events.jsonl") if row["kind"] == "lost" and row["role"] == "worker"]
+    # A replacement that Ray puts on a node whose end it has not seen yet never runs.
+    assert [row["number"] for row in told if "pid" in row] == [1, 2, 3], told
