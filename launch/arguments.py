@@ -14,16 +14,19 @@ import yaml
 
 from launch.bench_config import BenchConfig
 from launch.config import RunConfig
+from launch.data_config import DataConfig
 from launch.kill_config import KillConfig
 from launch.sync_config import SyncConfig
 from paramserver.errors import ConfigError
 
-__all__ = ["KILL", "SYNC", "build_parser", "config_first", "one_line"]
+__all__ = ["CHECK", "KILL", "SHOW", "SYNC", "build_parser", "config_first", "one_line"]
 
 SYNC = "bench-sync"
 KILL = "bench-kill"
-"""The commands that are written ``bench sync`` and ``bench kill``: with options of their own, which a subcommand alone
-can have."""
+CHECK = "data-check"
+SHOW = "data-show"
+"""The commands that are written ``bench sync`` … ``data show``: with options of their own, which a subcommand alone can
+have."""
 
 _YAML = "pushpull-yaml"
 
@@ -65,7 +68,7 @@ def _did_you_mean(word: str) -> str:
     """An option or key that looks like ``word``, written as ``word`` is."""
     names = {
         field.name
-        for config in (RunConfig, BenchConfig, SyncConfig, KillConfig)
+        for config in (RunConfig, BenchConfig, SyncConfig, KillConfig, DataConfig)
         for field in dataclasses.fields(config)
     }
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
@@ -95,6 +98,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     commands.add_subcommand("bench", _bench_parser(), help="measure speedups over a single device")
     commands.add_subcommand("evaluate", _evaluate_parser(), help="compute a trained run's metrics")
     commands.add_subcommand("predict", _predict_parser(), help="draw a trained run's predictions into pictures")
+    commands.add_subcommand("report", _report_parser(), help="write a run's curves and predictions on a page")
     commands.add_subcommand("diff", _diff_parser(), help="find the first step at which two runs differ")
     commands.add_subcommand("tasks", _new_parser("pushpull tasks", "List the built-in tasks."), help="list the tasks")
     about = "Show machine and library versions."
@@ -102,6 +106,12 @@ def build_parser() -> jsonargparse.ArgumentParser:
     commands.add_subcommand(SYNC, _sync_parser(), help="as 'bench sync': measure one round of push, sum, update, pull")
     about = "as 'bench kill': measure what the death of a worker costs under ps and ddp"
     commands.add_subcommand(KILL, _kill_parser(), help=about)
+    about = "Read every image and annotation once: count classes, name what is wrong, draw a contact sheet."
+    commands.add_subcommand(
+        CHECK, _data_parser("check", about), help="as 'data check': read a data set, say what is wrong"
+    )
+    about = "Draw training images as the model gets them, varied at random as in training."
+    commands.add_subcommand(SHOW, _data_parser("show", about), help="as 'data show': draw what training sees")
     return parser
 
 
@@ -117,7 +127,7 @@ def config_first(arguments: Sequence[str]) -> list[str]:
             files.append(word)
         else:
             rest.append(word)
-    for command in (SYNC, KILL):
+    for command in (SYNC, KILL, CHECK, SHOW):
         if rest[:2] == command.split("-"):
             rest[:2] = [command]
     return rest[:1] + files + rest[1:]
@@ -166,6 +176,16 @@ def _kill_parser() -> _Parser:
     return parser
 
 
+def _data_parser(command: str, about: str) -> _Parser:
+    parser = _new_parser(f"pushpull data {command}", about)
+    parser.add_argument(
+        "spec", type=str, help="banana:PATH, voc:PATH, coco:PATH, masks:PATH, folder:PATH or cifar10:PATH"
+    )
+    parser.add_argument("--task", type=str | None, default=None, help=_field_docs(DataConfig)["task"])
+    _add_fields(parser, DataConfig)
+    return parser
+
+
 def _evaluate_parser() -> _Parser:
     parser = _new_parser("pushpull evaluate", "Compute a run's metrics on its validation split.")
     parser.add_argument("run", type=str, help="run folder, or one of its checkpoints/step_N")
@@ -177,10 +197,20 @@ def _evaluate_parser() -> _Parser:
 def _predict_parser() -> _Parser:
     parser = _new_parser("pushpull predict", "Write pictures with a run's predictions drawn in.")
     parser.add_argument("run", type=str, help="run folder, or one of its checkpoints/step_N")
-    parser.add_argument("images", nargs="+", type=str, help="image files")
+    about = "image files; none: images of the validation split, drawn beside what is known of them"
+    parser.add_argument("images", nargs="*", type=str, default=[], help=about)
+    parser.add_argument("--number", type=int, default=16, help="how many of the validation split")
     parser.add_argument(
         "--out", type=str | None, default=None, help="folder for the pictures; default: RUN/predictions"
     )
+    parser.add_argument("--threads", type=int | None, default=None, help="threads; default: the run's")
+    return parser
+
+
+def _report_parser() -> _Parser:
+    parser = _new_parser("pushpull report", "Write a run's curves, metrics and predictions into RUN/report.html.")
+    parser.add_argument("run", type=str, help="run folder")
+    parser.add_argument("--number", type=int, default=12, help="predictions that are shown, of the validation split")
     parser.add_argument("--threads", type=int | None, default=None, help="threads; default: the run's")
     return parser
 

@@ -1,4 +1,4 @@
-"""The command line: ``pushpull train | bench | evaluate | predict | diff | tasks | env``; ``--help`` is quick."""
+"""The command line: ``pushpull train | bench | data | evaluate | predict | report | diff | …``; ``--help`` is quick."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     foreign = _foreign_package()
     if foreign is not None:
         return _complain(foreign, _USAGE)
-    from launch.arguments import KILL, SYNC, build_parser, config_first
+    from launch.arguments import CHECK, KILL, SHOW, SYNC, build_parser, config_first
     from models.errors import TaskError
     from paramserver.errors import ConfigError, PushPullError
 
@@ -30,8 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "bench": _bench,
             SYNC: _bench_sync,
             KILL: _bench_kill,
+            CHECK: _data_check,
+            SHOW: _data_show,
             "evaluate": _evaluate,
             "predict": _predict,
+            "report": _report,
             "diff": _diff,
             "tasks": _tasks,
             "env": _env,
@@ -119,6 +122,35 @@ def _bench_kill(options: Any) -> int:
     return bench_kill(config)
 
 
+def _data_check(options: Any) -> int:
+    from launch.data_config import DataConfig
+
+    settings = _settings(options)
+    spec = settings.pop("spec")
+    config = DataConfig(**settings)
+    _heavy()
+    from launch.data import check_data
+
+    found = check_data(spec, config)
+    print("\n".join(line for checked in found for line in checked.lines()))
+    if any(checked.pictures for checked in found):
+        print(config.out)
+    return _FAILED if any(checked.wrong for checked in found) else 0
+
+
+def _data_show(options: Any) -> int:
+    from launch.data_config import DataConfig
+
+    settings = _settings(options)
+    spec = settings.pop("spec")
+    config = DataConfig(**settings)
+    _heavy()
+    from launch.data import show_data
+
+    print(show_data(spec, config))
+    return 0
+
+
 def _evaluate(options: Any) -> int:
     _heavy()
     from launch.evaluate import evaluate_run
@@ -130,10 +162,22 @@ def _evaluate(options: Any) -> int:
 
 def _predict(options: Any) -> int:
     _heavy()
-    from launch.predict import predict_images
+    from launch.predict import predict_images, predict_validation
 
-    for path in predict_images(options.run, options.images, out=options.out, threads=options.threads):
-        print(path)
+    chosen: dict[str, Any] = {"out": options.out, "threads": options.threads}
+    if options.images:
+        paths = predict_images(options.run, options.images, **chosen)
+    else:
+        paths = predict_validation(options.run, options.number, **chosen)
+    print("\n".join(map(str, paths)))
+    return 0
+
+
+def _report(options: Any) -> int:
+    _heavy()
+    from launch.run_report import write_run_report
+
+    print(write_run_report(options.run, number=options.number, threads=options.threads))
     return 0
 
 

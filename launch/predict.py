@@ -1,4 +1,4 @@
-"""``pushpull predict``: pictures with a trained run's predictions drawn in."""
+"""``pushpull predict``: pictures with a trained run's predictions drawn in, beside what is known where something is."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from launch.trained import Trained, open_trained
-from models.pictures import read_image, write_image
-from models.task import Batch, Drawable
+from models.pictures import beside, read_image, write_image
+from models.task import Batch, Drawable, Outputs, Sample, Showable
 from paramserver.errors import ConfigError
 
-__all__ = ["predict_images"]
+__all__ = ["compare_with_truth", "predict_images", "predict_validation"]
 
 
 def predict_images(run: str, images: Sequence[str], *, out: str | None, threads: int | None) -> list[Path]:
@@ -32,23 +32,72 @@ def predict_images(run: str, images: Sequence[str], *, out: str | None, threads:
         models.errors.DataError: if an image cannot be read; nothing is written then.
     """
     trained = open_trained(run, threads=threads)
-    task = trained.task
-    if not isinstance(task, Drawable):
-        raise ConfigError(
-            f"task {task.name} does not draw: give its class the methods prepare and draw of models.task.Drawable"
-        )
+    task = _drawable(trained)
     paths = [Path(image).expanduser() for image in images]
     for path in paths:
         read_image(path)  # all of them first, so that a broken one leaves no half of a set
-    folder = Path(out).expanduser() if out is not None else trained.folder.path / "predictions"
-    with _writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(trained, out)
     targets = _targets(folder, paths)
     for path, target in zip(paths, targets, strict=True):
         picture = _draw(trained, task, read_image(path))
         with _writing_to(folder):
             write_image(picture, target)
     return targets
+
+
+def predict_validation(run: str, number: int, *, out: str | None, threads: int | None) -> list[Path]:
+    """Predict on the first images of the run's validation split, and draw each beside what is known of it.
+
+    Args:
+        run: see ``predict_images``.
+        number: how many images at most.
+        out: see ``predict_images``.
+        threads: see ``predict_images``.
+
+    Returns:
+        The pictures written, ``val-<index>.png``.
+
+    Raises:
+        ConfigError, CheckpointError: see ``predict_images``; also if the task shows no samples.
+    """
+    trained = open_trained(run, threads=threads)
+    _drawable(trained)
+    if not isinstance(trained.task, Showable):
+        raise ConfigError(f"task {trained.task.name} shows no samples of its own: name image files")
+    folder, written = _folder(trained, out), []
+    for sample, known, predicted in compare_with_truth(trained, number):
+        written.append(folder / f"val-{sample.id:05d}.png")
+        with _writing_to(folder):
+            write_image(beside(known, predicted), written[-1])
+    return written
+
+
+def compare_with_truth(trained: Trained, number: int) -> Iterator[tuple[Sample, Tensor, Tensor]]:
+    """The first validation samples, each with two pictures: what is known drawn in, and what is predicted."""
+    task = trained.task
+    assert isinstance(task, Showable)
+    assert isinstance(task, Drawable)
+    dataset = task.build_dataset("val")
+    for index in range(min(number, len(dataset))):  # type: ignore[arg-type]
+        sample: Sample = dataset[index]
+        outputs = _predict(trained, trained.task.collate([sample]))
+        yield sample, task.show(sample), task.draw(task.restore(sample.image), outputs, 0)
+
+
+def _drawable(trained: Trained) -> Drawable:
+    task = trained.task
+    if not isinstance(task, Drawable):
+        raise ConfigError(
+            f"task {task.name} does not draw: give its class the methods prepare and draw of models.task.Drawable"
+        )
+    return task
+
+
+def _folder(trained: Trained, out: str | None) -> Path:
+    folder = Path(out).expanduser() if out is not None else trained.folder.path / "predictions"
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager
@@ -76,10 +125,13 @@ def _targets(folder: Path, paths: Sequence[Path]) -> list[Path]:
 def _draw(trained: Trained, task: Drawable, image: Tensor) -> Tensor:
     """A (3, H, W) uint8 picture with the prediction drawn in."""
     batch = Batch(task.prepare(image)[None], {}, torch.zeros(1, dtype=torch.int64))
+    return task.draw(image, _predict(trained, batch), 0)
+
+
+def _predict(trained: Trained, batch: Batch) -> Outputs:
     worker, device = trained.worker, trained.replica.device
     with (
         trained.replica.evaluating() as model,
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=worker.precision == "bf16"),
     ):
-        outputs = trained.task.predict(model, batch.to(device, channels_last=worker.channels_last))
-    return task.draw(image, outputs, 0)
+        return trained.task.predict(model, batch.to(device, channels_last=worker.channels_last))

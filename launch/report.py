@@ -13,7 +13,7 @@ from launch.report_plots import write_plots
 from launch.report_tables import header_lines, speed_table, to_markdown
 from launch.run_folder import write_json
 
-__all__ = ["to_html", "write_report"]
+__all__ = ["data_uri", "page", "to_html", "write_report"]
 
 
 def write_report(result: BenchResult, folder: Path) -> None:
@@ -39,25 +39,19 @@ def _to_markdown(result: BenchResult, plots: Mapping[str, Sequence[Path]]) -> st
 
 
 def to_html(result: BenchResult, plots: Mapping[str, Sequence[Path]]) -> str:
-    """One page without scripts that loads nothing: styles and pictures stand in it."""
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("report.html")
+    """The page of a benchmark."""
     tasks = [
         {
             "name": name,
             "heading": equality_heading(result, task.equality),
             "equality": task.equality,
             "tables": [speed_table(result, name, scaling) for scaling in task.limits],
-            "plots": [(path.stem, _data_uri(path)) for path in plots[name]],
+            "plots": [(path.stem, data_uri(path.read_bytes())) for path in plots[name]],
         }
         for name, task in result.tasks.items()
     ]
-    return template.render(
+    return page(
+        "report.html",
         result=result,
         header=header_lines(result),
         tasks=tasks,
@@ -66,8 +60,21 @@ def to_html(result: BenchResult, plots: Mapping[str, Sequence[Path]]) -> str:
     )
 
 
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def page(template: str, **content: Any) -> str:
+    """A page without scripts that loads nothing: styles and pictures stand in it."""
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    ).get_template(template)
+    return found.render(**content)
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG file as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _environment(result: BenchResult) -> list[tuple[str, Any]]:

@@ -35,12 +35,19 @@ def _classify(options: TaskOptions) -> Task:
     return ClassifyTask(options)
 
 
+def _rcnn(options: TaskOptions) -> Task:
+    from models.rcnn.task import RCNNTask
+
+    return RCNNTask(options)
+
+
 _TASKS: dict[str, tuple[str, Callable[[TaskOptions], Task]]] = {
     "ssd": ("single-shot object detection (TinySSD, SSD300)", _ssd),
     "fcn": (
         "semantic segmentation (FCN on ResNet-18 and -50, FCN-32s/16s/8s on VGG16)",
         _fcn,
     ),
+    "rcnn": ("object detection in two stages (torchvision's Faster and Mask R-CNN)", _rcnn),
     "classify": ("image classification (LeNet, and torchvision's networks by name)", _classify),
 }
 _loaded: dict[str, tuple[Path, str]] = {}

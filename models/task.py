@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from models.errors import OnError, raise_error
 from models.options import Recipe
 
-__all__ = ["Batch", "Drawable", "LossSum", "Metric", "Outputs", "Sample", "Split", "Task", "recipe_of"]
+__all__ = ["Batch", "Drawable", "LossSum", "Metric", "Outputs", "Sample", "Showable", "Split", "Task", "recipe_of"]
 
 Split = Literal["train", "val"]
 Outputs = Any
@@ -118,6 +119,23 @@ class Drawable(Protocol):
 
     def draw(self, image: Tensor, outputs: Outputs, index: int) -> Tensor:
         """The (3, H, W) uint8 ``image`` with prediction ``index`` of ``outputs`` drawn into a copy of it."""
+
+
+@runtime_checkable
+class Showable(Protocol):
+    """What a task adds so that ``pushpull data`` can check its samples, and predictions are shown beside them."""
+
+    def build_dataset(self, split: Split, on_error: OnError = raise_error) -> Dataset[Sample]:
+        """As ``Task.build_dataset``, but for entries that ``on_error`` takes: they are left out."""
+
+    def restore(self, image: Tensor) -> Tensor:
+        """The (3, h, w) uint8 picture of what the model gets of an image."""
+
+    def show(self, sample: Sample) -> Tensor:
+        """The same of a sample, with what is known of it drawn in."""
+
+    def count(self, sample: Sample) -> Mapping[str, int]:
+        """How many objects, or pixels, of each class a sample has; of a whole image 1."""
 
 
 def recipe_of(task: Task, name: str) -> Recipe:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.utils import draw_bounding_boxes
 
 from models.choices import check_choice
 from models.classify.metric import ClassificationMetric, Scores
@@ -22,8 +21,10 @@ from models.data.classification import (
 )
 from models.data.classification_transforms import ClassificationTransform
 from models.data.images import DecodedImages
+from models.data.pixels import IMAGENET
 from models.data.spec import parse_data_spec
-from models.errors import TaskError
+from models.drawing import class_colour, draw_text
+from models.errors import OnError, TaskError, raise_error
 from models.options import Recipe, TaskOptions
 from models.task import Batch, LossSum, Sample, Split
 
@@ -34,7 +35,7 @@ _AUXILIARY = 0.3
 
 
 class ClassifyTask:
-    """Implements ``models.task.Task`` and ``Drawable``.
+    """Implements ``models.task.Task``, ``Drawable`` and ``Showable``.
 
     Args:
         options: ``model`` is ``lenet`` (the default) or a network of torchvision's; ``data`` is ``synthetic``,
@@ -92,7 +93,7 @@ class ClassifyTask:
         """The network with random weights."""
         return build_network(self._model, len(self.classes), self._size)
 
-    def build_dataset(self, split: Split) -> Dataset[Sample]:
+    def build_dataset(self, split: Split, on_error: OnError = raise_error) -> Dataset[Sample]:
         """Samples with ``label``, an int64 scalar."""
         options, path = self._options, self._spec.path
         transform = self._transform(augment=split == "train" and options.augment != "none")
@@ -101,7 +102,7 @@ class ClassifyTask:
             return SyntheticClassification(split, length, options.seed, self._size, transform)
         if self._spec.kind == "cifar10":
             return Cifar10(path, split, transform)
-        return ClassFolders(path, split, transform, self.classes, self._decoded)
+        return ClassFolders(path, split, transform, self.classes, self._decoded, on_error)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack images and labels."""
@@ -137,11 +138,20 @@ class ClassifyTask:
     def draw(self, image: Tensor, outputs: Scores, index: int) -> Tensor:
         """A copy of the (3, H, W) uint8 ``image`` with the likeliest class and its probability."""
         probability, label = outputs.probabilities_NK[index].max(dim=0)
-        height, width = image.shape[-2:]
-        frame = torch.tensor([[0, 0, width - 1, height - 1]])
-        text = f"{self.classes[int(label)]} {float(probability):.2f}"
-        drawn: Tensor = draw_bounding_boxes(image, frame, labels=[text], colors="red", width=1)
-        return drawn
+        return draw_text(image, f"{self.classes[int(label)]} {float(probability):.2f}", class_colour(int(label)))
+
+    def restore(self, image: Tensor) -> Tensor:
+        """The (3, h, w) uint8 picture of what the model gets."""
+        return IMAGENET.restore(image)
+
+    def show(self, sample: Sample) -> Tensor:
+        """With its class."""
+        label = int(sample.target["label"])
+        return draw_text(self.restore(sample.image), self.classes[label], class_colour(label))
+
+    def count(self, sample: Sample) -> Mapping[str, int]:
+        """One of its class."""
+        return {self.classes[int(sample.target["label"])]: 1}
 
     def _transform(self, *, augment: bool) -> ClassificationTransform:
         return ClassificationTransform(self._size, augment=augment)

@@ -14,7 +14,7 @@ from models.data.classification_transforms import ClassificationTransform
 from models.data.images import DecodedImages
 from models.data.synthetic import Synthetic
 from models.data.synthetic_detection import SHAPES, draw_shapes
-from models.errors import DataError
+from models.errors import DataError, OnError, raise_error
 from models.task import Sample, Split
 
 __all__ = ["CIFAR_CLASSES", "SYNTHETIC_LABELS", "Cifar10", "ClassFolders", "SyntheticClassification", "folder_classes"]
@@ -46,9 +46,10 @@ class ClassFolders(Dataset[Sample]):
         transform: applied to every image.
         classes: names of the labels 0, 1, …: folders.
         images: keeps what was decoded; None: nothing is kept.
+        on_error: is told which folder is of no class.
 
     Raises:
-        DataError: if a folder is missing, empty, or of no class.
+        DataError: if a folder is missing or empty; by ``on_error``, if one is of no class.
     """
 
     def __init__(
@@ -58,26 +59,26 @@ class ClassFolders(Dataset[Sample]):
         transform: ClassificationTransform,
         classes: tuple[str, ...],
         images: DecodedImages | None = None,
+        on_error: OnError = raise_error,
     ) -> None:
         self._transform = transform
         self._decoded = images or DecodedImages()
         folder = root / split
         if not folder.is_dir():
             raise DataError(f"missing {folder}: a folder of class folders holds train and val")
-        foreign = [entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name not in classes]
-        if foreign:
-            raise DataError(f"{folder / sorted(foreign)[0]} is none of the classes {', '.join(classes)}")
+        for name in sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name not in classes):
+            on_error(DataError(f"{folder / name} is none of the classes {', '.join(classes)}", "unknown label"))
         found = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name)]
         if not found:
             raise DataError(f"{folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
-        self._paths = [path for path, _ in found]
+        self.paths = [path for path, _ in found]
         self._labels: NDArray[np.int64] = np.array([label for _, label in found], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
-        return _sample(self._transform(self._decoded.get(self._paths[index])), int(self._labels[index]), index)
+        return _sample(self._transform(self._decoded.get(self.paths[index])), int(self._labels[index]), index)
 
 
 def _images(folder: Path) -> list[Path]:

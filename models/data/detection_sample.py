@@ -18,6 +18,7 @@ def detection_sample(
     labels: NDArray[np.int64],
     transform: DetectionTransform,
     difficult: NDArray[np.bool_] | None = None,
+    masks_GHW: Tensor | None = None,
 ) -> Sample:
     """Transform an image with its boxes.
 
@@ -28,12 +29,13 @@ def detection_sample(
         labels: (G,) classes from 0.
         transform: of the split.
         difficult: (G,) objects that a metric does not ask for; None: it asks for all.
+        masks_GHW: (G, H, W) bool, where each object is; None: nobody asks.
 
     Returns:
         A sample whose target has ``boxes``, ``labels``, ``difficult``, and ``size``, (2,) int64: height and width of
-        the image in its file.
+        the image in its file; and ``masks``, (G, h, w) bool, if they were given.
     """
-    image, boxes_G4, kept_G = transform(image_3HW, torch.from_numpy(boxes.copy()))
+    image, boxes_G4, kept_G, masks_GHW = transform(image_3HW, torch.from_numpy(boxes.copy()), masks_GHW)
     difficult_G = torch.zeros(len(labels), dtype=torch.bool) if difficult is None else torch.from_numpy(difficult)
     target = {
         "boxes": boxes_G4,
@@ -41,4 +43,6 @@ def detection_sample(
         "difficult": difficult_G[kept_G],
         "size": torch.tensor(image_3HW.shape[-2:]),
     }
+    if masks_GHW is not None:
+        target["masks"] = masks_GHW
     return Sample(image, target, index)

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from models.data.pixels import Pixels
@@ -27,6 +27,8 @@ class Transformed(NamedTuple):
     """(G, 4) float32 corners as parts of width and height."""
     kept_G: Tensor
     """(G,) int64: which of the boxes given are still in the image."""
+    masks_GHW: Tensor | None = None
+    """(G, h, w) bool: where each object is, if that was given."""
 
 
 class DetectionTransform:
@@ -43,7 +45,7 @@ class DetectionTransform:
         self.size = size
         self.augment = augment
         self.pixels = pixels
-        fill = [round(part) for part in pixels.mean]
+        fill = {tv_tensors.Image: [round(part) for part in pixels.mean], tv_tensors.Mask: 0}
         self._ssd = v2.Compose(
             [
                 v2.RandomPhotometricDistort(),
@@ -55,18 +57,21 @@ class DetectionTransform:
             ]
         )
 
-    def __call__(self, image_3HW: Tensor, boxes_G4: Tensor) -> Transformed:
+    def __call__(self, image_3HW: Tensor, boxes_G4: Tensor, masks_GHW: Tensor | None = None) -> Transformed:
         """One image with its boxes.
 
         Args:
             image_3HW: (3, H, W) uint8.
             boxes_G4: (G, 4) float32 corners as parts of width and height.
+            masks_GHW: (G, H, W) bool, one for each box, or None.
         """
         kept_G = torch.arange(len(boxes_G4))
         if self.augment == "ssd":
-            image_3HW, boxes_G4, kept_G = self._as_in_ssd(image_3HW, boxes_G4, kept_G)
+            image_3HW, boxes_G4, kept_G, masks_GHW = self._as_in_ssd(image_3HW, boxes_G4, kept_G, masks_GHW)
         if tuple(image_3HW.shape[-2:]) != self.size:
             image_3HW = TF.resize(image_3HW, list(self.size), antialias=True)
+        if masks_GHW is not None and tuple(masks_GHW.shape[-2:]) != self.size:
+            masks_GHW = TF.resize(masks_GHW.to(torch.uint8), list(self.size), InterpolationMode.NEAREST).bool()
         image = image_3HW.float()
         if self.augment == "light":
             # Always four draws, so that one sample's colours do not depend on whether it was flipped.
@@ -75,16 +80,23 @@ class DetectionTransform:
             if flip < 0.5:
                 x1, y1, x2, y2 = boxes_G4.unbind(dim=1)
                 image, boxes_G4 = TF.horizontal_flip(image), torch.stack((1 - x2, y1, 1 - x1, y2), dim=1)
-        return Transformed(self.pixels.scale(image), boxes_G4, kept_G)
+                masks_GHW = None if masks_GHW is None else masks_GHW.flip(-1)
+        return Transformed(self.pixels.scale(image), boxes_G4, kept_G, masks_GHW)
 
-    def _as_in_ssd(self, image_3HW: Tensor, boxes_G4: Tensor, index_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _as_in_ssd(
+        self, image_3HW: Tensor, boxes_G4: Tensor, index_G: Tensor, masks_GHW: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         height, width = image_3HW.shape[-2:]
         corners_G4 = boxes_G4 * torch.tensor([width, height, width, height])
         boxes = tv_tensors.BoundingBoxes(corners_G4, format="XYXY", canvas_size=(height, width))
-        found = self._ssd({"image": tv_tensors.Image(image_3HW), "boxes": boxes, "index": index_G})
+        content = {"image": tv_tensors.Image(image_3HW), "boxes": boxes, "index": index_G}
+        if masks_GHW is not None:
+            content["masks"] = tv_tensors.Mask(masks_GHW)
+        found = self._ssd(content)
         height, width = self.size
         unit_G4 = found["boxes"].as_subclass(Tensor).float() / torch.tensor([width, height, width, height])
-        return found["image"].as_subclass(Tensor), unit_G4, found["index"]
+        masks_GHW = found["masks"].as_subclass(Tensor) if masks_GHW is not None else None
+        return found["image"].as_subclass(Tensor), unit_G4, found["index"], masks_GHW
 
 
 def _index_of(content: dict[str, Tensor]) -> Tensor:

@@ -71,11 +71,14 @@ def _decode(path: Path, mode: str | None) -> "np.ndarray[tuple[int, ...], np.dty
     try:
         with Image.open(path) as image:
             if mode is None and image.mode not in ("P", "L"):
-                raise DataError(f"{path} has mode {image.mode}: a mask must be a palette or greyscale image of indices")
+                raise DataError(
+                    f"{path} has mode {image.mode}: a mask must be a palette or greyscale image of indices",
+                    "wrong annotation",
+                )
             return np.array(image if mode is None else image.convert(mode), dtype=np.uint8)
     except FileNotFoundError as error:
-        raise DataError(f"missing image: {path}") from error
+        raise DataError(f"missing image: {path}", "missing file") from error
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for truncated and foreign files
         if isinstance(error, DataError):
             raise
-        raise DataError(f"broken image: {path}: {error}") from error
+        raise DataError(f"broken image: {path}: {error}", "broken file") from error

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from models.data.images import DecodedImages
 from models.data.segmentation_transforms import SegmentationTransform
 from models.data.voc_classes import VOID
-from models.errors import DataError
+from models.errors import DataError, OnError, raise_error
 from models.task import Sample, Split
 
 __all__ = ["LabelTable", "MaskFolders", "read_label_table"]
@@ -83,9 +83,10 @@ class MaskFolders(Dataset[Sample]):
         table: what masks hold.
         transform: applied to every image and its mask.
         images: keeps what was decoded; None: nothing is kept.
+        on_error: is told which image has no mask.
 
     Raises:
-        DataError: if a folder is missing, or an image has no mask.
+        DataError: if a folder is missing; by ``on_error``, if an image has no mask.
     """
 
     def __init__(
@@ -95,18 +96,23 @@ class MaskFolders(Dataset[Sample]):
         table: LabelTable,
         transform: SegmentationTransform,
         images: DecodedImages | None = None,
+        on_error: OnError = raise_error,
     ) -> None:
         files, masks = (_files(root / split / name) for name in ("images", "masks"))
-        if lacking := sorted(files.keys() - masks.keys()):
-            raise DataError(f"{files[lacking[0]]} has no mask in {root / split / 'masks'}")
-        self._images = [files[stem] for stem in sorted(files)]
-        self._masks = [masks[stem] for stem in sorted(files)]
+        for stem in sorted(files.keys() - masks.keys()):
+            on_error(DataError(f"{files[stem]} has no mask in {root / split / 'masks'}", "missing annotation"))
+        if on_error is not raise_error:  # training does not look for them
+            for stem in sorted(masks.keys() - files.keys()):
+                on_error(DataError(f"{masks[stem]} has no image in {root / split / 'images'}", "missing file"))
+        stems = sorted(files.keys() & masks.keys())
+        self.paths = [files[stem] for stem in stems]
+        self._masks = [masks[stem] for stem in stems]
         self._table = table
         self._transform = transform
         self._decoded = images or DecodedImages()
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; its target ``mask`` is (H, W) uint8.
@@ -114,12 +120,13 @@ class MaskFolders(Dataset[Sample]):
         Raises:
             DataError: if a file is broken, the mask's size is not the image's, or it holds what the table does not.
         """
-        image = self._decoded.get(self._images[index])
+        image = self._decoded.get(self.paths[index])
         mask = self._decoded.get(self._masks[index], self._read)
         if mask.shape != image.shape[1:]:
             raise DataError(
                 f"{self._masks[index]} has {mask.shape[0]}x{mask.shape[1]} pixels, its image "
-                f"{image.shape[1]}x{image.shape[2]}: they must be equal"
+                f"{image.shape[1]}x{image.shape[2]}: they must be equal",
+                "mask of another size",
             )
         return Sample(*self._transform(image, mask), index)
 
@@ -129,12 +136,15 @@ class MaskFolders(Dataset[Sample]):
             with Image.open(path) as file:
                 coloured = bool(self._table.colours)
                 if not coloured and file.mode not in ("P", "L", "I;16", "I"):
-                    raise DataError(f"{path} has mode {file.mode}, but {_TABLE} has ids: give colours r,g,b instead")
+                    raise DataError(
+                        f"{path} has mode {file.mode}, but {_TABLE} has ids: give colours r,g,b instead",
+                        "wrong annotation",
+                    )
                 pixels = np.array(file.convert("RGB") if coloured else file).astype(np.int64)
         except (OSError, SyntaxError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"broken mask: {path}: {error}") from error
+            raise DataError(f"broken mask: {path}: {error}", "broken file") from error
         known: dict[int, int] = self._table.ids
         if coloured:
             pixels = (pixels[..., 0] << 16) + (pixels[..., 1] << 8) + pixels[..., 2]
@@ -143,7 +153,9 @@ class MaskFolders(Dataset[Sample]):
         foreign = [int(value) for value in values if int(value) not in known]
         if foreign:
             shown = f"#{foreign[0]:06x}" if coloured else str(foreign[0])
-            raise DataError(f"{path} holds {'colour ' if coloured else ''}{shown}, which {_TABLE} does not name")
+            raise DataError(
+                f"{path} holds {'colour ' if coloured else ''}{shown}, which {_TABLE} does not name", "unknown label"
+            )
         labels = np.array([known[int(value)] for value in values], dtype=np.uint8)
         return torch.from_numpy(labels[inverse].reshape(pixels.shape))
 

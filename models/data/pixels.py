@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -18,6 +19,11 @@ class Pixels(NamedTuple):
         """From (3, H, W) in 0..255 to float32; a float image is changed in place."""
         image = image_3HW.float()
         return image if self == RAW else TF.normalize(image, list(self.mean), list(self.std), inplace=True)
+
+    def restore(self, image_3HW: Tensor) -> Tensor:
+        """Back from what ``scale`` gave to (3, H, W) uint8, for who looks at it."""
+        mean, std = (torch.tensor(part).view(3, 1, 1) for part in self)
+        return (image_3HW.cpu() * std + mean).round().clamp(0, 255).to(torch.uint8)
 
 
 def _of_unit(mean: tuple[float, ...], std: tuple[float, ...]) -> Pixels:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from models.data.detection_sample import detection_sample
 from models.data.detection_transforms import DetectionTransform
@@ -33,26 +34,36 @@ class SyntheticDetection(Synthetic):
         seed: of the whole data set.
         transform: resizing happens here at most: images are made in its size.
         classes: names of the labels; label k is always drawn as ``SHAPES[k]``.
+        masks: whether the target has ``masks``, too.
 
     Raises:
         DataError: if there are more classes than shapes.
     """
 
     def __init__(
-        self, split: Split, length: int, seed: int, transform: DetectionTransform, classes: tuple[str, ...] = SHAPES[:2]
+        self,
+        split: Split,
+        length: int,
+        seed: int,
+        transform: DetectionTransform,
+        classes: tuple[str, ...] = SHAPES[:2],
+        *,
+        masks: bool = False,
     ) -> None:
         if not 0 < len(classes) <= len(SHAPES):
             raise DataError(f"the synthetic source draws {len(SHAPES)} shapes: name 1 to {len(SHAPES)} classes")
         self.classes = classes
         super().__init__(split, length, seed)
         self._transform = transform
+        self._masks = masks
 
     def __getitem__(self, index: int) -> Sample:
         rng = self._generator(index)
         pixels, boxes, labels = draw_shapes(rng, *self._transform.size, len(self.classes))
         corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
         known = np.array(labels, dtype=np.int64)
-        return detection_sample(index, torch.from_numpy(pixels), corners, known, self._transform)
+        masks = _masks_of(boxes, labels, *self._transform.size) if self._masks else None
+        return detection_sample(index, torch.from_numpy(pixels), corners, known, self._transform, masks_GHW=masks)
 
 
 def draw_shapes(
@@ -82,6 +93,15 @@ def draw_shapes(
         boxes.append((x / width, y / height, (x + side) / width, (y + side) / height))
         labels.append(label)
     return pixels, boxes, labels
+
+
+def _masks_of(boxes: list[tuple[float, ...]], labels: list[int], height: int, width: int) -> Tensor:
+    """(G, height, width) bool: where ``draw_shapes`` has drawn."""
+    masks_GHW = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for place, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        x, y, side = round(box[0] * width), round(box[1] * height), round((box[2] - box[0]) * width)
+        masks_GHW[place, y : y + side, x : x + side] = torch.from_numpy(_shape(label, side))
+    return masks_GHW
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> _Pixels:

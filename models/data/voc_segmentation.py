@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from models.data.images import DecodedImages, read_mask
 from models.data.segmentation_transforms import SegmentationTransform
 from models.data.voc_classes import VOID, find_voc_root
-from models.errors import DataError
+from models.errors import DataError, OnError, Trouble, raise_error, reported
 from models.task import Sample
 
 __all__ = ["VOCSegmentation"]
@@ -25,9 +25,10 @@ class VOCSegmentation(Dataset[Sample]):
         num_classes: K, background included; masks hold ``0..K-1`` and 255 for void.
         transform: applied to every image and its mask.
         images: keeps what was decoded; None: nothing is kept.
+        on_error: is told which image or mask is missing.
 
     Raises:
-        DataError: at once if a folder, the list, or an image or mask named in it is missing.
+        DataError: if a folder or the list is missing; by ``on_error``, if an image or mask named in it is.
     """
 
     def __init__(
@@ -37,17 +38,23 @@ class VOCSegmentation(Dataset[Sample]):
         num_classes: int,
         transform: SegmentationTransform,
         images: DecodedImages | None = None,
+        on_error: OnError = raise_error,
     ) -> None:
         root = find_voc_root(path)
-        names = _read_list(root, split)
-        self._images = [_existing(root / "JPEGImages", name, _IMAGE_SUFFIXES, split) for name in names]
-        self._masks = [_existing(root / "SegmentationClass", name, (".png",), split) for name in names]
+        self.paths: list[Path] = []
+        self._masks: list[Path] = []
+        for name in _read_list(root, split):
+            with reported(on_error):
+                image = _existing(root / "JPEGImages", name, _IMAGE_SUFFIXES, split, "missing file")
+                mask = _existing(root / "SegmentationClass", name, (".png",), split, "missing annotation")
+                self.paths.append(image)
+                self._masks.append(mask)
         self._num_classes = num_classes
         self._transform = transform
         self._decoded = images or DecodedImages()
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; its target ``mask`` is (H, W) uint8.
@@ -55,7 +62,7 @@ class VOCSegmentation(Dataset[Sample]):
         Raises:
             DataError: if a file is broken, the mask's size is not the image's, or a label is out of range.
         """
-        image = self._decoded.get(self._images[index])
+        image = self._decoded.get(self.paths[index])
         mask = self._decoded.get(self._masks[index], read_mask)
         self._check(image, mask, index)
         return Sample(*self._transform(image, mask), index)
@@ -64,14 +71,16 @@ class VOCSegmentation(Dataset[Sample]):
         path = self._masks[index]
         if mask.shape != image.shape[1:]:
             raise DataError(
-                f"{path} has {_size(mask)} pixels, but {self._images[index].name} has {_size(image)}: "
-                "a mask needs its image's height and width"
+                f"{path} has {_size(mask)} pixels, but {self.paths[index].name} has {_size(image)}: "
+                "a mask needs its image's height and width",
+                "mask of another size",
             )
         foreign = mask[(mask >= self._num_classes) & (mask != VOID)]
         if foreign.numel():
             raise DataError(
                 f"{path} has label {int(foreign[0])}, but the labels of {self._num_classes} classes are "
-                f"0 (background) to {self._num_classes - 1}, and 255 for void: name every class with --classes"
+                f"0 (background) to {self._num_classes - 1}, and 255 for void: name every class with --classes",
+                "unknown label",
             )
 
 
@@ -88,12 +97,12 @@ def _read_list(root: Path, split: str) -> list[str]:
     return names
 
 
-def _existing(folder: Path, name: str, suffixes: tuple[str, ...], split: str) -> Path:
+def _existing(folder: Path, name: str, suffixes: tuple[str, ...], split: str, kind: Trouble) -> Path:
     """The file of that name in ``folder``."""
     for suffix in suffixes:
         if (path := folder / f"{name}{suffix}").is_file():
             return path
-    raise DataError(f"missing {folder / name}{suffixes[0]}, which ImageSets/Segmentation/{split}.txt lists")
+    raise DataError(f"missing {folder / name}{suffixes[0]}, which ImageSets/Segmentation/{split}.txt lists", kind)
 
 
 def _size(pixels: Tensor) -> str:

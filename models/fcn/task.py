@@ -7,17 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.utils import draw_segmentation_masks
 
 from models.choices import check_choice
 from models.data.images import DecodedImages
 from models.data.mask_folders import MaskFolders, read_label_table
+from models.data.pixels import IMAGENET
 from models.data.segmentation_transforms import Augmentation, SegmentationTransform, normalise
 from models.data.spec import parse_data_spec
 from models.data.synthetic_segmentation import SYNTHETIC_CLASSES, SyntheticSegmentation
 from models.data.voc_classes import VOC_CLASSES, VOID
 from models.data.voc_segmentation import VOCSegmentation
-from models.errors import TaskError
+from models.drawing import draw_masks
+from models.errors import OnError, TaskError, raise_error
 from models.fcn.loss import segmentation_loss
 from models.fcn.metric import SegmentationMetric
 from models.fcn.network import MIN_SIZE
@@ -76,23 +77,24 @@ class FCNTask:
         """The network with random weights."""
         return self._network.build(len(self.class_names))
 
-    def build_dataset(self, split: Split) -> Dataset[Sample]:
+    def build_dataset(self, split: Split, on_error: OnError = raise_error) -> Dataset[Sample]:
         """Training crops or whole validation images; the target is ``mask``, (H, W) uint8.
 
         Raises:
-            DataError: if files are missing.
+            DataError: if a folder or list is missing; by ``on_error``, if an image or mask is.
         """
         options = self._options
         # d2l crops, but does not flip.
         preset: Any = options.augment or "crop"
-        transform = SegmentationTransform(split, self._image_size, flip=options.recipe != "d2l", augment=preset)
+        shown: Split = split if on_error is raise_error else "val"  # who looks for what is wrong sees all of it
+        transform = SegmentationTransform(shown, self._image_size, flip=options.recipe != "d2l", augment=preset)
         if self._spec.kind == "synthetic":
             length = options.synthetic_train if split == "train" else options.synthetic_val
             return SyntheticSegmentation(split, length, self._image_size, options.seed, transform)
         if self._table is not None:
-            return MaskFolders(self._spec.path, split, self._table, transform, self._decoded)
+            return MaskFolders(self._spec.path, split, self._table, transform, self._decoded, on_error)
         list_name = options.split_train if split == "train" else options.split_val
-        return VOCSegmentation(self._spec.path, list_name, len(self.class_names), transform, self._decoded)
+        return VOCSegmentation(self._spec.path, list_name, len(self.class_names), transform, self._decoded, on_error)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Pad at the bottom and right to the largest height and width: images with zeros, masks with void."""
@@ -129,15 +131,29 @@ class FCNTask:
         """A copy of the (3, H, W) uint8 ``image``, tinted in VOC's colours where label map ``index`` sees an object."""
         # What collate or prepare padded lies at the bottom and right.
         labels_HW = outputs[index, : image.shape[1], : image.shape[2]].to(image.device)
-        present = list(torch.bincount(labels_HW.flatten()).nonzero().flatten().tolist())
-        if self.class_names[0] == "background":
-            present = [label for label in present if label != 0]
-        if not present:
-            return image.clone()
-        palette = voc_palette(len(self.class_names))
-        masks = torch.stack([labels_HW == label for label in present])
-        drawn: Tensor = draw_segmentation_masks(image, masks, alpha=0.6, colors=[palette[label] for label in present])
-        return drawn
+        return draw_masks(image, self._shift(labels_HW), self._palette())
+
+    def _shift(self, labels_HW: Tensor) -> Tensor:
+        """Labels in which 0 is what is not tinted."""
+        return labels_HW if self.class_names[0] == "background" else labels_HW.long() + 1
+
+    def _palette(self) -> list[tuple[int, int, int]]:
+        palette = voc_palette(VOID + 1)
+        return palette if self.class_names[0] == "background" else [palette[0], *palette]
+
+    def restore(self, image: Tensor) -> Tensor:
+        """The (3, h, w) uint8 picture of what the model gets."""
+        return IMAGENET.restore(image)
+
+    def show(self, sample: Sample) -> Tensor:
+        """Its mask in VOC's colours; what nobody labelled is pale."""
+        return draw_masks(self.restore(sample.image), self._shift(sample.target["mask"]), self._palette())
+
+    def count(self, sample: Sample) -> Mapping[str, int]:
+        """Pixels of each class."""
+        counts = torch.bincount(sample.target["mask"].flatten(), minlength=VOID + 1).tolist()
+        names = dict(enumerate(self.class_names)) | {VOID: "void"}
+        return {name: counts[label] for label, name in names.items() if counts[label]}
 
 
 def _pad(pixels: Tensor, height: int, width: int, value: int) -> Tensor:

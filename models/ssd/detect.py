@@ -1,25 +1,13 @@
 """From a network's predictions to the objects it has found."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from models.detection.outputs import Detections
 from models.ssd.offsets import decode
 
-__all__ = ["Detections", "detect", "detect_by_class"]
-
-
-class Detections(NamedTuple):
-    """Objects found in one image, best first."""
-
-    boxes_D4: Tensor
-    """(D, 4) float32 corners as parts of width and height; they may reach outside of 0..1, as in d2l."""
-    scores_D: Tensor
-    """(D,) float32 probabilities."""
-    labels_D: Tensor
-    """(D,) int64 classes from 0, without background."""
+__all__ = ["detect", "detect_by_class"]
 
 
 @torch.no_grad()
@@ -96,6 +84,6 @@ def detect_by_class(
 
 def _without_overlaps(candidates: Detections, iou_threshold: float, count: int) -> Detections:
     """The best that do not overlap a better one of their class."""
-    keep_D = batched_nms(*candidates, iou_threshold)[:count]
-    boxes_C4, scores_C, labels_C = candidates
+    boxes_C4, scores_C, labels_C, _ = candidates
+    keep_D = batched_nms(boxes_C4, scores_C, labels_C, iou_threshold)[:count]
     return Detections(boxes_C4[keep_D], scores_C[keep_D], labels_C[keep_D])

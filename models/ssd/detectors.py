@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from models.data.detection_transforms import Augmentation
 from models.data.pixels import CAFFE, IMAGENET, Pixels
+from models.detection.outputs import Detections
 from models.options import Recipe
 from models.ssd.anchors import MIN_IMAGE_SIDE, anchors
-from models.ssd.detect import Detections, detect, detect_by_class
+from models.ssd.detect import detect, detect_by_class
 from models.ssd.loss import ssd_loss
 from models.ssd.matching import Targets, build_targets
 from models.ssd.multibox import match_targets, multibox_loss

@@ -7,10 +7,7 @@ from torch import Tensor
 
 from models.ssd.offsets import encode
 
-__all__ = ["PADDING", "Targets", "assign", "build_targets", "iou"]
-
-PADDING = -1
-"""The label of a row that only fills an image's boxes up to the batch's largest number of boxes."""
+__all__ = ["Targets", "assign", "build_targets", "iou"]
 
 
 class Targets(NamedTuple):

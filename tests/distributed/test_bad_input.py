@@ -123,7 +123,7 @@ def test_task_file(text: str | None, message: str, tmp_path: Path, refused: Fail
 
 def test_task_that_does_not_exist(refused: Fails) -> None:
     complaint = refused("train", "yolo", *TINY)
-    assert "unknown task 'yolo': use one of ssd, fcn, classify, or path/to/file.py:ClassName" in complaint
+    assert "unknown task 'yolo': use one of ssd, fcn, rcnn, classify, or path/to/file.py:ClassName" in complaint
 
 
 def test_out_that_cannot_be_written(tmp_path: Path, fails: Fails) -> None:

@@ -16,10 +16,12 @@ from PIL import Image
 from launch.cli import main
 from launch.evaluate import evaluate_run
 from launch.predict import predict_images
+from launch.trained import open_trained
 from models.errors import DataError
 from models.options import TaskOptions
 from models.pictures import read_image
 from models.registry import build_task
+from models.task import Showable
 from paramserver.errors import CheckpointError, ConfigError
 from paramserver.fingerprint import fingerprint
 from tests.support.runs import SMALL, train
@@ -111,7 +113,7 @@ def test_predict_draws_into_copies(
 ) -> None:
     wide, small = picture(tmp_path / "wide.png", 90, 50), picture(tmp_path / "small.jpg", 20, 30)
     # Two steps teach nothing: let the least likely object be drawn.
-    monkeypatch.setattr("models.ssd.task._DRAWN_SCORE", 0.0)
+    monkeypatch.setattr("models.detection.task._DRAWN_SCORE", 0.0)
     before = wide.read_bytes()
     assert main(["predict", str(out / task), str(wide), str(small)]) == 0
     folder = out / task / "predictions"
@@ -165,3 +167,41 @@ def test_predict_needs_a_task_that_draws(out: Path, tmp_path: Path, capsys: pyte
         "pushpull: task count does not draw: give its class the methods prepare and draw of models.task.Drawable"
     )
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("task", ["ssd", "fcn"])
+def test_predict_without_images_shows_what_is_known_beside(
+    task: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(out / task), "--number", "3", "--out", str(tmp_path / "drawn")]) == 0
+    written = capsys.readouterr().out.splitlines()
+    assert written == [str(tmp_path / "drawn" / f"val-{index:05d}.png") for index in range(3)]
+    run = open_trained(str(out / task))
+    assert isinstance(run.task, Showable)
+    known = run.task.show(run.task.build_dataset("val")[1])
+    width = known.shape[2]
+    drawn = read_image(Path(written[1]))
+    assert drawn.shape == (3, known.shape[1], 2 * width + 4)
+    assert torch.equal(drawn[:, :, :width], known)
+
+
+def test_a_task_without_samples_to_show_wants_images(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(out / "count")]) == 2
+    assert "does not draw" in capsys.readouterr().err
+
+
+# --- report ---
+
+
+@pytest.mark.parametrize("task", ["ssd", "count"])
+def test_a_report_is_one_page(task: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(out / task), "--number", "2"]) == 0
+    path = out / task / "report.html"
+    assert capsys.readouterr().out.splitlines() == [str(path)]
+    page = path.read_text()
+    summary = json.loads((out / task / "summary.json").read_text())
+    assert summary["fingerprint"] in page
+    assert "CPU stand-ins, no GPU figure" in page
+    assert 'src="http' not in page
+    assert page.count("data:image/png;base64,") == (2 if task == "ssd" else 1), "curves, and predictions where it draws"
+    assert not [file for file in path.parent.iterdir() if file.name.startswith(".")]

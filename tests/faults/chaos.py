@@ -71,9 +71,7 @@ def _victims(folder: Path, role: str) -> list[int]:
     return [row["pid"] for row in rows if row["role"] == role]
 
 
-def _disturb(
-    dice: random.Random, task: str, out: Path, name: str, kills: int, pause_s: float, tally: Tally
-) -> None:
+def _disturb(dice: random.Random, task: str, out: Path, name: str, kills: int, pause_s: float, tally: Tally) -> None:
     """One run with so many kills, each up to ``pause_s`` after the one before it."""
     workers, servers = dice.randint(2, 4), dice.randint(1, 2)
     more = ["--backend=ps", f"--workers={workers}", f"--servers={servers}", "--resume=auto"]

@@ -53,7 +53,7 @@ def test_classes_are_counted_over_both_splits(tmp_path):
         ("a.png,0,-1,5,20,15", r"line 3: box .* leaves its image of 40x20 pixels"),
         ("a.png,0,1,5,41,15", r"line 3: box .* leaves its image"),
         ("a.png,0,one,5,20,15", r"line 3: .* must be numbers: .*'one'"),
-        ("a.png,0,nan,5,20,15", r"line 3: box .* is empty"),
+        ("a.png,0,nan,5,20,15", r"line 3: .* must be numbers: nan is not a finite number"),
         ("a.png,0,1,5", r"line 3: .* must be numbers"),
         ("a.png,2,1,5,20,15", r"line 3: label 2 is not one of 0..1"),
         ("a.png,-1,1,5,20,15", r"line 3: label -1 is not one of 0..1"),

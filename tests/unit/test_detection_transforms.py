@@ -9,7 +9,7 @@ BOXES = torch.tensor([[0.1, 0.2, 0.4, 0.9]])
 
 
 def test_d2l_pixels_are_not_divided():
-    image, boxes, _ = DetectionTransform((40, 60), augment="none", pixels=RAW)(IMAGE, BOXES)
+    image, boxes, *_ = DetectionTransform((40, 60), augment="none", pixels=RAW)(IMAGE, BOXES)
     assert torch.equal(image, IMAGE.float())
     assert torch.equal(boxes, BOXES)
 
@@ -21,7 +21,7 @@ def test_normalised_pixels():
 
 
 def test_resize_keeps_boxes_as_parts():
-    image, boxes, _ = DetectionTransform((32, 32), augment="none", pixels=IMAGENET)(IMAGE, BOXES)
+    image, boxes, *_ = DetectionTransform((32, 32), augment="none", pixels=IMAGENET)(IMAGE, BOXES)
     assert image.shape == (3, 32, 32)
     assert torch.equal(boxes, BOXES)
 
@@ -48,7 +48,7 @@ def test_half_of_the_images_are_flipped_with_their_boxes():
     torch.manual_seed(0)
     flipped = 0
     for _ in range(60):
-        image, boxes, _ = transform(IMAGE, BOXES)
+        image, boxes, *_ = transform(IMAGE, BOXES)
         # The jitter keeps what is bright bright: compare with the image and with its mirror.
         distance = [(image - other).abs().mean() for other in (IMAGE.float(), IMAGE.float().flip(2))]
         mirrored = bool(distance[1] < distance[0])
@@ -75,10 +75,10 @@ def test_ssds_augmentation_keeps_what_is_still_seen():
     counts, areas = set(), set()
     for seed in range(40):
         torch.manual_seed(seed)
-        image, boxes, kept = transform(IMAGE, BOTH)
+        image, boxes, kept, _ = transform(IMAGE, BOTH)
         torch.manual_seed(seed)
         again = transform(IMAGE, BOTH)
-        assert all(torch.equal(first, second) for first, second in zip((image, boxes, kept), again, strict=True))
+        assert all(torch.equal(first, second) for first, second in zip((image, boxes, kept), again[:3], strict=True))
         assert image.shape == (3, 48, 64)
         assert boxes.shape == (len(kept), 4)
         assert ((boxes >= 0) & (boxes <= 1)).all()
@@ -94,5 +94,5 @@ def test_ssds_augmentation_of_an_image_without_objects():
     transform = DetectionTransform((48, 64), augment="ssd", pixels=RAW)
     for seed in range(10):
         torch.manual_seed(seed)
-        image, boxes, kept = transform(IMAGE, torch.empty(0, 4))
+        image, boxes, kept, _ = transform(IMAGE, torch.empty(0, 4))
         assert (image.shape, boxes.shape, kept.shape) == ((3, 48, 64), (0, 4), (0,))

@@ -23,7 +23,7 @@ def _write(folder: Path, source: str, name: str = "mine.py") -> str:
 
 
 def test_built_in_tasks_are_listed_and_built() -> None:
-    assert list(list_tasks()) == ["ssd", "fcn", "classify"]
+    assert list(list_tasks()) == ["ssd", "fcn", "rcnn", "classify"]
     assert build_task("fcn", TaskOptions()).name == "fcn"
 
 
@@ -64,7 +64,7 @@ def test_a_changed_file_is_loaded_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["yolo", "", "models.fcn.task:FCNTask", "mine.py"])
 def test_an_unknown_name_lists_what_there_is(name: str) -> None:
-    with pytest.raises(TaskError, match=r"use one of ssd, fcn, classify, or path/to/file\.py:ClassName"):
+    with pytest.raises(TaskError, match=r"use one of ssd, fcn, rcnn, classify, or path/to/file\.py:ClassName"):
         build_task(name, TaskOptions())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.ssd.coco_metric import CocoImage, coco_average_precision
+from models.detection.coco_metric import CocoImage, coco_average_precision
 
 pytest.importorskip("faster_coco_eval")
 NAMES = ("ap", "ap50_coco", "ap75", "ap_small", "ap_medium", "ap_large")

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from models.detection.outputs import PADDING
 from models.ssd.anchors import anchors
 from models.ssd.loss import ssd_loss
-from models.ssd.matching import PADDING, Targets, build_targets
+from models.ssd.matching import Targets, build_targets
 from models.ssd.network import TinySSD
 
 

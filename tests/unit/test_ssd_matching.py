@@ -2,8 +2,9 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
+from models.detection.outputs import PADDING
 from models.ssd.anchors import anchors
-from models.ssd.matching import PADDING, assign, build_targets, iou
+from models.ssd.matching import assign, build_targets, iou
 from models.ssd.offsets import decode, encode
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.ssd.average_precision import average_precision, eleven_point, judge
-from models.ssd.detect import Detections
-from models.ssd.matching import PADDING, build_targets
-from models.ssd.metric import AnchorErrors, DetectionMetric, DetectionOutputs, anchor_errors
+from models.detection.average_precision import average_precision, eleven_point, judge
+from models.detection.metric import DetectionMetric
+from models.detection.outputs import PADDING, AnchorErrors, DetectionOutputs, Detections
+from models.ssd.anchor_errors import anchor_errors
+from models.ssd.matching import build_targets
 from models.task import Batch
 
 A, B, C = [0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.9, 0.9], [0.6, 0.1, 0.8, 0.3]

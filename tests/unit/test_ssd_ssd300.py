@@ -11,10 +11,10 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from models.data.pixels import CAFFE
+from models.detection.outputs import PADDING
 from models.errors import TaskError
 from models.options import TaskOptions
 from models.ssd.detect import detect_by_class
-from models.ssd.matching import PADDING
 from models.ssd.multibox import match_targets, multibox_loss
 from models.ssd.ssd300 import FEATURE_MAPS, default_boxes, ssd300_resnet50, ssd300_vgg16
 from models.ssd.task import SSDTask

@@ -8,40 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.ssd.average_precision import average_precision, eleven_point, judge
-from models.ssd.coco_metric import CocoImage, coco_average_precision
-from models.ssd.detect import Detections
-from models.ssd.matching import PADDING, Targets
+from models.detection.average_precision import average_precision, eleven_point, judge
+from models.detection.coco_metric import CocoImage, coco_average_precision
+from models.detection.outputs import PADDING, DetectionOutputs
 from models.task import Batch
 
-__all__ = ["AnchorErrors", "DetectionMetric", "DetectionOutputs", "anchor_errors"]
-
-
-class AnchorErrors(NamedTuple):
-    """What the anchors of each image got wrong."""
-
-    wrong_N: Tensor
-    """(N,) int64: anchors whose most probable class is not the one they are to predict."""
-    absolute_N: Tensor
-    """(N,) float64: sum over anchors with a box of the absolute errors of their four offsets."""
-    num_anchors: int
-    """Anchors of an image."""
-
-
-class DetectionOutputs(NamedTuple):
-    """What ``predict`` gives for a batch."""
-
-    detections: list[Detections]
-    """One for each image."""
-    errors: AnchorErrors | None
-    """None for images without ground truth."""
-
-
-def anchor_errors(scores_NAK: Tensor, offsets_NA4: Tensor, targets: Targets) -> AnchorErrors:
-    """Sums of which d2l's ``cls_eval`` and ``bbox_eval`` are made, for each image."""
-    wrong_N = (scores_NAK.argmax(dim=2) != targets.labels_NA).sum(dim=1)
-    difference_NA4 = (offsets_NA4.float() - targets.offsets_NA4).masked_fill(~targets.mask_NA[..., None], 0.0)
-    return AnchorErrors(wrong_N, difference_NA4.abs().double().sum(dim=(1, 2)), scores_NAK.shape[1])
+__all__ = ["DetectionMetric"]
 
 
 class _Image(NamedTuple):
@@ -80,16 +52,22 @@ class DetectionMetric:
 
     Args:
         classes: names of the classes, in the order of their labels.
+        anchors: whether outputs tell of their anchors' errors.
     """
 
-    def __init__(self, classes: Sequence[str]) -> None:
+    def __init__(self, classes: Sequence[str], *, anchors: bool = True) -> None:
         self._classes = tuple(classes)
+        self._anchors = anchors
         self._images: dict[int, _Image] = {}
 
     def update(self, outputs: DetectionOutputs, batch: Batch) -> None:
         """Take in the predictions for one batch that has ground truth."""
-        assert outputs.errors is not None
-        wrong, absolute = outputs.errors.wrong_N.tolist(), outputs.errors.absolute_N.tolist()
+        assert (outputs.errors is not None) == self._anchors
+        count = len(batch)
+        wrong, absolute, num_anchors = [0] * count, [0.0] * count, 0
+        if outputs.errors is not None:
+            wrong, absolute = outputs.errors.wrong_N.tolist(), outputs.errors.absolute_N.tolist()
+            num_anchors = outputs.errors.num_anchors
         truth, labels = _array(batch.targets["boxes"]), _array(batch.targets["labels"])
         difficult, sizes = _array(batch.targets["difficult"]), batch.targets["size"].tolist()
         for i, image_id in enumerate(batch.ids.tolist()):
@@ -98,7 +76,7 @@ class DetectionMetric:
             self._images[image_id] = _Image(
                 wrong=wrong[i],
                 absolute=absolute[i],
-                num_anchors=outputs.errors.num_anchors,
+                num_anchors=num_anchors,
                 boxes_D4=_array(found.boxes_D4),
                 scores_D=_array(found.scores_D),
                 labels_D=_array(found.labels_D),
@@ -119,8 +97,9 @@ class DetectionMetric:
             ``ap50``, the mean over classes with ground truth of the average precision at IoU >= 0.5 (VOC's rule since
             2010; boxes marked as difficult need not be found); ``ap50_11point``, that of VOC's rule until 2009;
             ``class_error``, the part of all anchors with the wrong class; ``box_mae``, the mean absolute error of
-            offsets over 4 x all anchors, where those without a box count as 0; with several classes ``ap50/NAME`` too.
-            NaN where nothing was counted. With faster-coco-eval also what ``coco_average_precision`` gives.
+            offsets over 4 x all anchors, where those without a box count as 0 (both where outputs tell of anchors);
+            with several classes ``ap50/NAME`` too. NaN where nothing was counted. With faster-coco-eval also what
+            ``coco_average_precision`` gives.
         """
         images = [self._images[image_id] for image_id in sorted(self._images)]
         by_class = [self._precision(label, images) for label in range(len(self._classes))]
@@ -128,9 +107,10 @@ class DetectionMetric:
         values = {
             "ap50": _mean(found.every_point for found in by_class),
             "ap50_11point": _mean(found.eleven_point for found in by_class),
-            "class_error": _ratio(sum(image.wrong for image in images), anchors),
-            "box_mae": _ratio(math.fsum(image.absolute for image in images), 4 * anchors),
         }
+        if self._anchors:
+            values["class_error"] = _ratio(sum(image.wrong for image in images), anchors)
+            values["box_mae"] = _ratio(math.fsum(image.absolute for image in images), 4 * anchors)
         values |= coco_average_precision([image.in_pixels() for image in images], len(self._classes))
         if len(self._classes) > 1:
             values |= {f"ap50/{name}": found.every_point for name, found in zip(self._classes, by_class, strict=True)}

@@ -1,0 +1,144 @@
+"""``pushpull data check`` and ``data show``: what is in a data set, and what training sees of it."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+from torch import Tensor
+
+from launch.config import parse_image_size
+from launch.data_config import DataConfig, task_of
+from launch.resolve import absolute_data, usage_errors
+from models.errors import DataError
+from models.options import TaskOptions
+from models.pictures import contact_sheet, write_image
+from models.registry import build_task, read_task
+from models.task import Sample, Showable, Split, Task
+from paramserver.errors import ConfigError
+from workers.samples import SeededDataset
+
+__all__ = ["Checked", "check_data", "show_data"]
+
+_EXAMPLES = 3
+
+
+@dataclass
+class Checked:
+    """What one split holds."""
+
+    split: Split
+    images: int = 0
+    """That could be read."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Objects, pixels or images of each class."""
+    wrong: dict[str, list[str]] = field(default_factory=dict)
+    """What is wrong, by kind."""
+    pictures: list[Tensor] = field(default_factory=list)
+    """The first few."""
+
+    def note(self, error: DataError) -> None:
+        """Something is wrong."""
+        self.wrong.setdefault(error.kind, []).append(str(error))
+
+    def lines(self) -> Iterator[str]:
+        """The report, a few lines."""
+        counts = ", ".join(f"{name} {count}" for name, count in self.counts.most_common()) or "nothing labelled"
+        yield f"{self.split}: {self.images} images; {counts}"
+        for kind, messages in self.wrong.items():
+            yield f"  {len(messages)} x {kind}"
+            yield from (f"    {message}" for message in messages[:_EXAMPLES])
+            if len(messages) > _EXAMPLES:
+                yield f"    and {len(messages) - _EXAMPLES} more"
+
+
+def check_data(spec: str, config: DataConfig) -> list[Checked]:
+    """Read every image and annotation of both splits once, and draw the first images with what is known of them.
+
+    Args:
+        spec: as ``--data``.
+        config: the rest.
+
+    Returns:
+        What each split holds; ``config.out`` was written if there is any image.
+
+    Raises:
+        ConfigError: if there is no such data, the task cannot show samples, or the picture cannot be written.
+    """
+    with usage_errors():
+        task = _task(spec, config, augment="none")
+    found = [_check(task, split, config.images) for split in get_args(Split)]
+    _write([picture for checked in found for picture in checked.pictures][: config.images], config.out)
+    return found
+
+
+def _check(task: Showable, split: Split, images: int) -> Checked:
+    checked = Checked(split)
+    try:
+        dataset = task.build_dataset(split, checked.note)
+    except DataError as error:  # of the whole split
+        checked.note(error)
+        return checked
+    for index in range(len(dataset)):  # type: ignore[arg-type]
+        try:
+            sample: Sample = dataset[index]
+        except DataError as error:
+            checked.note(error)
+            continue
+        checked.images += 1
+        checked.counts.update(task.count(sample))
+        if len(checked.pictures) < images:
+            checked.pictures.append(task.show(sample))
+    return checked
+
+
+def show_data(spec: str, config: DataConfig) -> Path:
+    """Draw training images as the model gets them, varied as ``config.augment`` says.
+
+    Args:
+        spec: as ``--data``.
+        config: the rest.
+
+    Returns:
+        The picture written.
+
+    Raises:
+        ConfigError: if there is no such data, the task cannot show samples, or the picture cannot be written.
+    """
+    with usage_errors():
+        task = _task(spec, config, augment=config.augment)
+        dataset = task.build_dataset("train")
+        drawn = SeededDataset(dataset, config.seed)
+        count = min(config.images, len(dataset))  # type: ignore[arg-type]
+        pictures = [task.show(drawn[config.epoch, index]) for index in range(count)]
+    return _write(pictures, config.out)
+
+
+def _task(spec: str, config: DataConfig, *, augment: str | None) -> Showable:
+    classes = tuple(name.strip() for name in config.classes.split(",")) if config.classes else None
+    options = TaskOptions(
+        data=absolute_data(spec),
+        model=config.model,
+        image_size=parse_image_size(config.image_size),
+        classes=classes,
+        split_train=config.split_train,
+        split_val=config.split_val,
+        augment=augment,
+        recipe=config.recipe,
+        seed=config.seed,
+    )
+    task: Task = build_task(read_task(config.task or task_of(spec)), options)
+    if not isinstance(task, Showable):
+        raise ConfigError(f"task {task.name} shows no samples: give its class the methods of models.task.Showable")
+    return task
+
+
+def _write(pictures: Sequence[Tensor], out: str) -> Path:
+    path = Path(out).expanduser()
+    if pictures:
+        try:
+            write_image(contact_sheet(pictures), path)
+        except OSError as error:
+            raise ConfigError(f"--out {path}: cannot be written ({error.strerror}): choose another place") from error
+    return path

@@ -1,0 +1,1 @@
+"""What all object detectors have in common."""
