@@ -130,7 +130,24 @@ def config_first(arguments: Sequence[str]) -> list[str]:
     for command in (SYNC, KILL, CHECK, SHOW):
         if rest[:2] == command.split("-"):
             rest[:2] = [command]
+    if rest[:1] == ["predict"]:
+        rest[1:] = _options_first(rest[1:])
     return rest[:1] + files + rest[1:]
+
+
+def _options_first(words: Sequence[str]) -> list[str]:
+    """Of a command whose options all have a value: argparse takes a list of words that may be empty in one piece."""
+    options: list[str] = []
+    others: list[str] = []
+    left = iter(words)
+    for word in left:
+        if not word.startswith("-"):
+            others.append(word)
+        elif "=" in word or word in ("-h", "--help"):
+            options.append(word)
+        else:
+            options += [word, *itertools.islice(left, 1)]
+    return options + others
 
 
 def _new_parser(program: str, about: str) -> _Parser:

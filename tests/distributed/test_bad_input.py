@@ -84,7 +84,7 @@ def test_option(options: str, refused: Fails) -> None:
 
 def test_command_line_without_sense(fails: Fails) -> None:
     assert "invalid choice: 'trian' (choose from" in fails("trian")
-    assert "{train,bench,evaluate,predict,diff" in fails()
+    assert "{train,bench,evaluate,predict,report" in fails()
     assert "arguments are required: run" in fails("evaluate")
     assert "no task: say pushpull train ssd" in fails("train")
 
