@@ -123,12 +123,7 @@ def _bench_kill(options: Any) -> int:
 
 
 def _data_check(options: Any) -> int:
-    from launch.data_config import DataConfig
-
-    settings = _settings(options)
-    spec = settings.pop("spec")
-    config = DataConfig(**settings)
-    _heavy()
+    spec, config = _data_config(options)
     from launch.data import check_data
 
     found = check_data(spec, config)
@@ -139,16 +134,21 @@ def _data_check(options: Any) -> int:
 
 
 def _data_show(options: Any) -> int:
+    spec, config = _data_config(options)
+    from launch.data import show_data
+
+    print(show_data(spec, config))
+    return 0
+
+
+def _data_config(options: Any) -> tuple[str, Any]:
     from launch.data_config import DataConfig
 
     settings = _settings(options)
     spec = settings.pop("spec")
     config = DataConfig(**settings)
     _heavy()
-    from launch.data import show_data
-
-    print(show_data(spec, config))
-    return 0
+    return spec, config
 
 
 def _evaluate(options: Any) -> int:

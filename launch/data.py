@@ -8,11 +8,10 @@ from typing import get_args
 
 from torch import Tensor
 
-from launch.config import parse_image_size
+from launch.config import RunConfig
 from launch.data_config import DataConfig, task_of
-from launch.resolve import absolute_data, usage_errors
+from launch.resolve import task_options, usage_errors
 from models.errors import DataError
-from models.options import TaskOptions
 from models.pictures import contact_sheet, write_image
 from models.registry import build_task, read_task
 from models.task import Sample, Showable, Split, Task
@@ -116,18 +115,8 @@ def show_data(spec: str, config: DataConfig) -> Path:
 
 
 def _task(spec: str, config: DataConfig, *, augment: str | None) -> Showable:
-    classes = tuple(name.strip() for name in config.classes.split(",")) if config.classes else None
-    options = TaskOptions(
-        data=absolute_data(spec),
-        model=config.model,
-        image_size=parse_image_size(config.image_size),
-        classes=classes,
-        split_train=config.split_train,
-        split_val=config.split_val,
-        augment=augment,
-        recipe=config.recipe,
-        seed=config.seed,
-    )
+    shared = ("model", "classes", "split_train", "split_val", "image_size", "recipe", "seed")
+    options = task_options(RunConfig(data=spec, augment=augment, **{name: getattr(config, name) for name in shared}))
     task: Task = build_task(read_task(config.task or task_of(spec)), options)
     if not isinstance(task, Showable):
         raise ConfigError(f"task {task.name} shows no samples: give its class the methods of models.task.Showable")

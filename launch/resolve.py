@@ -29,7 +29,7 @@ from workers.minibatch import deal_runs, steps_in_epoch
 from workers.process_group import torchrun_rank
 from workers.replica import describe_model
 
-__all__ = ["Resolved", "absolute_data", "choose_device", "resolve", "task_options", "usage_errors"]
+__all__ = ["Resolved", "choose_device", "resolve", "task_options", "usage_errors"]
 
 _BACKSTOP_S = 1800.0
 _LOADERS_OF_A_GPU = 2
@@ -59,17 +59,13 @@ class Resolved:
         return self.worker.device == "cpu"
 
 
-def absolute_data(spec: str) -> str:
-    """``--data`` with an absolute path, since actors run elsewhere."""
-    kind, colon, path = spec.partition(":")
-    return f"{kind}:{Path(path).expanduser().resolve()}" if path else kind + colon
-
-
 def task_options(config: RunConfig) -> TaskOptions:
-    """What the task of a run is built from."""
+    """What the task of a run is built from; paths are made absolute, since actors run elsewhere."""
+    kind, colon, path = config.data.partition(":")
+    data = f"{kind}:{Path(path).expanduser().resolve()}" if path else kind + colon
     classes = tuple(name.strip() for name in config.classes.split(",")) if config.classes else None
     return TaskOptions(
-        data=absolute_data(config.data),
+        data=data,
         model=config.model,
         image_size=parse_image_size(config.image_size),
         classes=classes,

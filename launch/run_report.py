@@ -1,6 +1,7 @@
 """``pushpull report``: a run's curves, metrics and predictions on a page that needs no other file."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
@@ -30,7 +31,6 @@ _SUMMARY = (
     "servers",
     "steps",
     "images_per_s",
-    "limits",
     "fingerprint",
     "state_fingerprint",
 )
@@ -88,9 +88,11 @@ def plot_curves(losses: Sequence[tuple[int, float]], evaluations: Sequence[Mappi
     left.plot([step for step, _ in losses], [loss for _, loss in losses], color="#1f6fb4", linewidth=1)
     left.set(title="training loss", xlabel="step")
     names = [name for name in dict.fromkeys(key for row in evaluations for key in row) if name != "step"]
-    parts = [name for name in names if all(not row[name] > 1 for row in evaluations)]  # NaN is nothing yet
+    # A row may lack a metric whose library was missing then; NaN is nothing yet.
+    curves = {name: [row.get(name, math.nan) for row in evaluations] for name in names}
+    parts = [name for name, values in curves.items() if not any(value > 1 for value in values)]
     for name in parts[:_MOST_CURVES]:
-        right.plot([row["step"] for row in evaluations], [row[name] for row in evaluations], marker="o", label=name)
+        right.plot([row["step"] for row in evaluations], curves[name], marker="o", label=name)
     right.set(title="validation", xlabel="step")
     if parts:
         right.legend(fontsize=8, frameon=False)
