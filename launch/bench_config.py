@@ -31,10 +31,16 @@ class BenchConfig:
     """Images of one device; weak scaling takes N times as many. Default: 16 for ssd, 4 for fcn, 8 for others."""
     image_size: int | str | None = None
     """Image size in pixels, HxW or one number; default: the task's."""
+    model: str | None = None
+    """Network, as in pushpull train; default: the task's."""
     servers: int = 1
     """Parameter servers."""
     data: str = "synthetic"
     """As in pushpull train."""
+    augment: str | None = None
+    """As in pushpull train."""
+    loader_processes: int | None = None
+    """As in pushpull train, in every row, the baseline included."""
     seed: int = 0
     """As in pushpull train."""
     threads: int = 1
@@ -74,7 +80,7 @@ class BenchConfig:
         parse_counts(self.workers)
         for name, least in (("repeats", 1), ("steps", 1), ("threads", 1), ("servers", 1), ("batch_size", 1)):
             self._check(name, least)
-        for name in ("warmup", "equality_steps"):
+        for name in ("warmup", "equality_steps", "loader_processes"):
             self._check(name, 0)
 
     def _check(self, name: str, least: int) -> None:

@@ -14,6 +14,7 @@ from workers.compiled import compile_model
 from workers.config import WorkerConfig
 from workers.device import setup_device
 from workers.precision import autocast
+from workers.samples import where_drawn
 from workers.seeding import derive_seed, seeded
 from workers.timing import PHASES
 
@@ -34,6 +35,7 @@ def train_baseline(task: Task, config: WorkerConfig, optimizer: OptimizerConfig)
         for each step the milliseconds by stage, of which only split, compute and update can be above 0.
     """
     device = setup_device(config)
+    torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic = False
     torch.backends.cudnn.benchmark = True
     with seeded("model", config.plan.seed):
@@ -49,7 +51,7 @@ def train_baseline(task: Task, config: WorkerConfig, optimizer: OptimizerConfig)
     clock = _CudaClock() if device.type == "cuda" else _Clock()
     clock.mark()
     for step in range(config.plan.steps):
-        batch: Batch = next(batches).to(device, channels_last=config.channels_last)
+        batch: Batch = _drawn(next(batches)).to(device, channels_last=config.channels_last)
         clock.mark()
         for group in sgd.param_groups:
             group["lr"] = optimizer.learning_rate(step) * group["lr_factor"]
@@ -66,14 +68,21 @@ def train_baseline(task: Task, config: WorkerConfig, optimizer: OptimizerConfig)
 
 
 def _loader(task: Task, config: WorkerConfig) -> DataLoader[Any]:
+    dataset, settings = where_drawn(task.build_dataset("train"), task, config.loader_processes)
     return DataLoader(
-        task.build_dataset("train"),
+        dataset,
         batch_size=config.plan.batch_size,
         shuffle=True,
         drop_last=True,
-        collate_fn=task.collate,
         pin_memory=config.device == "cuda",
+        **settings,
     )
+
+
+def _drawn(batch: Batch | Exception) -> Batch:
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
 
 
 def _build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

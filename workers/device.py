@@ -30,11 +30,20 @@ def setup_device(config: WorkerConfig) -> torch.device:
             f"worker {config.worker} wants GPU {config.device_index}, but {torch.cuda.device_count()} are visible: "
             "lower --workers, or set --share-device"
         )
-    torch.backends.cudnn.benchmark = False  # it would choose kernels by a race
-    torch.backends.cudnn.deterministic = True
+    _choose_reproducible_kernels()
     device = torch.device("cuda", config.device_index)
     torch.cuda.set_device(device)
     return device
+
+
+def _choose_reproducible_kernels() -> None:
+    """CUDA's: those that give the same bits each time. A model that needs one there is none of is warned of by name."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # It would cost a pass over memory whose content nobody reads.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False  # it would choose kernels by a race
+    torch.backends.cudnn.deterministic = True
 
 
 def tune_cpu_process() -> None:

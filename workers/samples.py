@@ -3,7 +3,7 @@
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, cast
@@ -19,7 +19,7 @@ from workers.config import WorkerConfig
 from workers.minibatch import MinibatchPlan
 from workers.seeding import seeded
 
-__all__ = ["MicrobatchLoader", "SeededDataset", "build_loader"]
+__all__ = ["MicrobatchLoader", "SeededDataset", "build_loader", "where_drawn"]
 
 _PREFETCH = 2
 """Microbatches that each loader process is ahead."""
@@ -52,14 +52,19 @@ class _Elsewhere(Dataset[Any]):
 
     def __init__(self, packed: Packed) -> None:
         self._packed = packed
-        self._unpacked: tuple[SeededDataset, Task] | None = None
+        self._unpacked: tuple[Dataset[Sample], Task] | None = None
+        self.size = 0
+        """Samples that a sampler may number."""
 
-    def _open(self) -> tuple[SeededDataset, Task]:
+    def _open(self) -> tuple[Dataset[Sample], Task]:
         if self._unpacked is None:
             self._unpacked = self._packed.unpack()
         return self._unpacked
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | Exception:
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key: Any) -> Sample | Exception:
         try:
             return self._open()[0][key]
         except Exception as error:
@@ -82,6 +87,30 @@ def _begin_process(threads: int, parent: int, _number: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was too late for that
         os._exit(0)
+
+
+def where_drawn(dataset: Dataset[Sample], task: Task, processes: int) -> tuple[Dataset[Any], dict[str, Any]]:
+    """What a ``DataLoader`` draws from, and its settings: in this process, or in ``processes`` of its own.
+
+    Raises:
+        ConfigError: if there are to be processes and the data set cannot be sent to them.
+    """
+    if not processes:
+        return dataset, {"collate_fn": task.collate}
+    try:
+        elsewhere = _Elsewhere(pack((dataset, task)))
+    except TaskError as error:
+        raise ConfigError(f"{error}: say --loader-processes 0") from error
+    if isinstance(dataset, Sized):
+        elsewhere.size = len(dataset)
+    return elsewhere, {
+        "collate_fn": elsewhere.collate,
+        "num_workers": processes,
+        "multiprocessing_context": "spawn",  # a fork would share locks with threads that do not exist in it
+        "persistent_workers": True,
+        "prefetch_factor": _PREFETCH,
+        "worker_init_fn": partial(_begin_process, torch.get_num_threads(), os.getpid()),
+    }
 
 
 class _RunSampler(Sampler[list[tuple[int, int]]]):
@@ -129,30 +158,14 @@ class MicrobatchLoader:
     ) -> None:
         self.plan = plan
         self._sampler = _RunSampler(plan)
-        drawn: Any = SeededDataset(dataset, plan.config.seed)
-        background: dict[str, Any] = {}
-        collate: Any = task.collate
-        if processes:
-            try:
-                drawn = _Elsewhere(pack((drawn, task)))
-            except TaskError as error:
-                raise ConfigError(f"{error}: say --loader-processes 0") from error
-            collate = drawn.collate
-            background = {
-                "num_workers": processes,
-                "multiprocessing_context": "spawn",  # a fork would share locks with threads that do not exist in it
-                "persistent_workers": True,
-                "prefetch_factor": _PREFETCH,
-                "worker_init_fn": partial(_begin_process, torch.get_num_threads(), os.getpid()),
-            }
+        drawn, settings = where_drawn(SeededDataset(dataset, plan.config.seed), task, processes)
         self._loader: DataLoader[Any] = DataLoader(
             drawn,
             batch_sampler=self._sampler,
-            collate_fn=collate,
             pin_memory=pin_memory,
             # Of its own: it would draw from the global one, which belongs to the samples.
             generator=torch.Generator(),
-            **background,
+            **settings,
         )
         self._batches: Iterator[Any] = iter(())
         self._prepared: Future[Batch] | None = None
