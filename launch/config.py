@@ -101,8 +101,9 @@ class RunConfig:
     with error feedback, but the bits then depend on how the work is spread."""
     overlap: bool | None = None
     """Push slices while backward goes on, inside a node (ps); default: if it has a core for the servers to spare."""
-    early_forward: bool = False
-    """Begin the next forward pass with the parameters that are there, inside a node (ps); never with a vote."""
+    early_forward: bool | None = None
+    """Begin the next forward pass with the parameters that are there, inside a node (ps); never with a vote. Default:
+    on GPUs."""
     arena_dir: str = "/dev/shm"
     """Folder in whose file system shared memory is made (ps)."""
     server_threads: int | None = None

@@ -16,6 +16,7 @@ from launch.resolve import Resolved
 from launch.signals import stop_on_sigterm
 from paramserver.state import State
 from workers.assembly import build_ddp_worker, build_parts, build_single_worker
+from workers.device import update_threads
 from workers.faults import NO_FAULTS, Faults
 from workers.process_group import process_group, torchrun_rank
 from workers.report import EvaluationReport, StepReport
@@ -112,6 +113,13 @@ def idle_cores(workers: int, servers: int) -> int:
     return max(1, min(workers, os.cpu_count() or 1) // servers)
 
 
+def _server_threads(run: Resolved) -> int:
+    config, workers = run.config, run.worker.num_workers
+    if run.worker.device == "cuda":  # workers leave the cores alone
+        return update_threads("cuda", config.servers)
+    return idle_cores(workers * config.threads, config.servers)
+
+
 @contextmanager
 def _param_server(
     run: Resolved,
@@ -141,7 +149,7 @@ def _param_server(
             worker=run.worker,
             optimizer=run.optimizer,
             servers=run.servers,
-            server_threads=config.server_threads or idle_cores(workers * config.threads, config.servers),
+            server_threads=config.server_threads or _server_threads(run),
             transport=config.transport,
             wire_precision=config.wire_precision,
             arena_dir=config.arena_dir,

@@ -136,6 +136,8 @@ def resolve(config: RunConfig) -> Resolved:
     servers = ServerConfig(num_servers=config.servers if config.backend == "ps" else 1, slice_bytes=config.slice_bytes)
     optimizer = _optimizer(filled, recipe)
     worker = _worker(filled, device, votes=optimizer.needs_vote)
+    if filled.early_forward is None:
+        filled = replace(filled, early_forward=worker.early_forward and config.backend == "ps")
     partition, _ = describe_model(build_model(task, worker), optimizer, servers)  # finds patterns that fit no key
     if config.backend == "ps" and config.address is None:
         _check_shared_memory(config, partition, workers, microbatches)
@@ -167,7 +169,7 @@ def _worker(config: RunConfig, device: DeviceKind, *, votes: bool) -> WorkerConf
         overlap=bool(config.overlap),
         # With a vote the last slice may still drop the step: nobody may have begun with the others (E8). And only x86
         # promises that whoever sees a slice's word sees the slice.
-        early_forward=config.early_forward
+        early_forward=(device == "cuda" if config.early_forward is None else config.early_forward)
         and not votes
         and not config.compile
         and platform.machine() in _KEEPS_STORE_ORDER,

@@ -15,7 +15,7 @@ from paramserver.transport.protocol import Transport
 from workers.compiled import compile_model
 from workers.config import WorkerConfig
 from workers.ddp import DdpBackend
-from workers.device import setup_device
+from workers.device import setup_device, update_threads
 from workers.faults import Observer
 from workers.local_servers import LocalServers
 from workers.minibatch import deal_runs
@@ -75,7 +75,8 @@ def build_single_worker(
 ) -> tuple[Worker, SingleBackend]:
     """The only worker of a ``single`` run."""
     replica, partition, state = build_parts(task, config, optimizer, servers)
-    local = LocalServers(partition, optimizer, config.plan.microbatches, resume or state)
+    threads = update_threads(config.device, config.num_workers)
+    local = LocalServers(partition, optimizer, config.plan.microbatches, resume or state, threads)
     backend = SingleBackend(replica, local, config.plan.microbatches, stop_requested, config.step_timeout_s)
     return Worker(task, config, replica, backend), backend
 
@@ -123,7 +124,8 @@ def build_ddp_worker(
 ) -> tuple[Worker, DdpBackend]:
     """One torchrun rank; the process group must have been joined."""
     replica, partition, state = build_parts(task, config, optimizer, servers)
-    local = LocalServers(partition, optimizer, config.plan.microbatches, resume or state)
+    threads = update_threads(config.device, config.num_workers)
+    local = LocalServers(partition, optimizer, config.plan.microbatches, resume or state, threads)
     empty_loss = _sample_loss(task, replica.device, channels_last=config.channels_last)
     backend = DdpBackend(replica, local, config.plan.microbatches, empty_loss, stop_requested, config.step_timeout_s)
     return Worker(task, config, replica, backend), backend

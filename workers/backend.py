@@ -1,5 +1,6 @@
 """The seam between the training loop and how gradients become the next version."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -29,10 +30,10 @@ class Backend(Protocol):
         ``last`` says that no non-empty microbatch of this worker follows in this step.
         """
 
-    def forwarded(self, samples: int, stats: MicrobatchStats | None) -> None:
+    def forwarded(self, samples: int, stats: Callable[[], MicrobatchStats]) -> None:
         """Between forward and backward of a microbatch, whose buffers are final.
 
-        ``stats`` is what it counted, or None where reading its loss would make the device wait.
+        ``stats`` reads what it counted; where a GPU computes, that waits for it, so it is called only if needed.
         """
 
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:

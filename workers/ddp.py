@@ -117,7 +117,7 @@ class DdpBackend:
         self._synchronised |= last
         self._backward_done_at = time.perf_counter()
 
-    def forwarded(self, samples: int, stats: MicrobatchStats | None) -> None:
+    def forwarded(self, samples: int, stats: Callable[[], MicrobatchStats]) -> None:
         """See ``Backend.forwarded``: DDP needs nothing before backward."""
 
     def ahead(self) -> None:

@@ -8,9 +8,12 @@ import platform
 import torch
 
 from paramserver.errors import ConfigError
-from workers.config import WorkerConfig
+from workers.config import DeviceKind, WorkerConfig
 
-__all__ = ["cpu_model", "device_kind", "setup_device", "tune_cpu_process"]
+__all__ = ["cpu_model", "device_kind", "setup_device", "tune_cpu_process", "update_threads"]
+
+_MOST_UPDATE_THREADS = 8
+"""Of one server: a few cores can use all of the memory's bandwidth."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # as malloc.h has them
 
@@ -34,6 +37,14 @@ def setup_device(config: WorkerConfig) -> torch.device:
     device = torch.device("cuda", config.device_index)
     torch.cuda.set_device(device)
     return device
+
+
+def update_threads(device: DeviceKind, owners: int) -> int:
+    """Threads that each of ``owners`` of parameters on this machine may update with, where workers use GPUs.
+
+    Where workers compute on the cores, one does: the others compute, or wait on a core each.
+    """
+    return 1 if device == "cpu" else max(1, min(_MOST_UPDATE_THREADS, (os.cpu_count() or 1) // (2 * owners)))
 
 
 def _choose_reproducible_kernels() -> None:

@@ -26,6 +26,9 @@ class HostMemory:
         client: its way to the servers.
     """
 
+    copies = False
+    """Whether sums are copied to where servers read them."""
+
     def __init__(self, replica: Replica, client: Client) -> None:
         self._replica = replica
         self._client = client
@@ -74,6 +77,8 @@ class PinnedMemory(HostMemory):
     waits for the event behind it. A version's memory is not written again before this worker's next push, which waits
     for kernels that come after the copy; a sum's is not before the commit.
     """
+
+    copies = True
 
     def __init__(self, replica: Replica, client: Client) -> None:
         super().__init__(replica, client)

@@ -18,13 +18,16 @@ class LocalServers:
         optimizer: the optimizer.
         num_microbatches: ``M``.
         state: what to start from.
+        threads: how many update.
     """
 
-    def __init__(self, partition: Partition, optimizer: OptimizerConfig, num_microbatches: int, state: State) -> None:
+    def __init__(
+        self, partition: Partition, optimizer: OptimizerConfig, num_microbatches: int, state: State, threads: int = 1
+    ) -> None:
         assert partition.num_servers == 1
         self._server = Server(0, partition, optimizer, num_microbatches, state)
         self._partition = partition
-        self.group = InProcessServers([self._server])
+        self.group = InProcessServers([self._server], threads)
 
     def load(self, replica: Replica, version: int) -> None:
         """Put ``version`` into a replica: pointed to on the CPU, copied to a GPU."""

@@ -6,7 +6,8 @@ from paramserver.partition import BUFFERS, Partition, Slice
 
 __all__ = ["ReadySlices"]
 
-_THRESHOLDS = 3
+_SHARES = (0.5, 0.8, 0.95)
+"""Of all elements, at which a message goes out: the last one, whose update nothing hides, is small."""
 _LEAST_ELEMENTS = 1 << 21
 """8 MiB: a server sums and updates less than that in the time that a few more messages take."""
 
@@ -38,7 +39,8 @@ class ReadySlices:
                 for key, _, _ in held:
                     self._slices_of[names[key.name]].append(piece.index)
                     self._keys_in[piece.index] += 1
-        self._group = max(least_elements, -(-partition.length // _THRESHOLDS))
+        self._least = least_elements
+        self._due = [int(share * partition.length) for share in _SHARES]
         self._missing: list[int] = []
         self.active = False
         """Whether a node is being sent."""
@@ -49,6 +51,7 @@ class ReadySlices:
         self._missing = list(self._keys_in)
         self._ready = [piece for piece, count in zip(self._slices, self._missing, strict=True) if not count]
         self._elements = sum(piece.numel for piece in self._ready)
+        self._sent = 0
 
     def done(self, key: int) -> None:
         """The gradient of a key is in its place."""
@@ -57,11 +60,14 @@ class ReadySlices:
             if not self._missing[index]:
                 self._ready.append(self._slices[index])
                 self._elements += self._slices[index].numel
-        if self._elements >= self._group:
-            self._flush()
+        if self._elements >= self._least:
+            whole = self._sent + self._elements
+            if any(self._sent < due <= whole for due in self._due):
+                self._flush()
 
     def _flush(self) -> None:
-        ready, self._ready, self._elements = self._ready, [], 0
+        ready, self._ready = self._ready, []
+        self._sent, self._elements = self._sent + self._elements, 0
         self._send(ready)
 
     def end(self) -> None:

@@ -1,7 +1,9 @@
 """Backend of a parameter-server worker: read a version, send tree sums, wait for the commit."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -58,8 +60,9 @@ class ParamServerBackend:
             self._early = EarlyForward(replica, lambda slices: self._memory.bring(self._shown, slices))
         self._sums = GradientSums(replica, run, num_microbatches, self._memory.new_sum, self._key_done)
         self._pushed: set[Node] = set()
-        self._copying: list[tuple[Sequence[Slice], Callable[[], None]]] = []
-        """Slices that backward has made whole, and what waits until they are on the host."""
+        # A GPU's gradients arrive later than backward hands them out, and nobody else would wait for them meanwhile.
+        self._sender = ThreadPoolExecutor(1) if self._ready is not None and self._memory.copies else None
+        self._sending: list[Future[None]] = []
         self._stats: list[MicrobatchStats] = []
         self._counted = False
         """Whether the row of the microbatch under way stands in ``_stats``."""
@@ -114,12 +117,13 @@ class ParamServerBackend:
             yield
         self._ahead = True
 
-    def forwarded(self, samples: int, stats: MicrobatchStats | None) -> None:
-        """See ``Backend.forwarded``: from here on backward may push what it makes whole."""
+    def forwarded(self, samples: int, stats: Callable[[], MicrobatchStats]) -> None:
+        """See ``Backend.forwarded``: from here on backward may push what it makes whole, with the node's rows."""
         self._sums.put_buffers(samples)
-        if stats is not None:
-            self._count(stats)
-        if self._ready is not None and self._node is not None:
+        completes = self._ready is not None and self._node is not None
+        if completes or not self._memory.copies:
+            self._count(stats())
+        if completes and self._ready is not None:
             self._ready.begin()
 
     def _count(self, stats: MicrobatchStats) -> None:
@@ -134,23 +138,21 @@ class ParamServerBackend:
 
     def _slices_whole(self, slices: Sequence[Slice]) -> None:
         assert self._node is not None
-        self._copying.append((slices, self._memory.send(self._vector(self._node), slices)))
-        if self._counted:  # else the rows that go with them are not known before backward is over
-            self._push_copied(self._node)
-
-    def _push_copied(self, node: Node) -> None:
-        for slices, arrive in self._copying:
+        arrive = self._memory.send(self._vector(self._node), slices)
+        if self._sender is None:
             arrive()
-            self._push(node, slices)
-        self._copying.clear()
+            self._message(self._node, slices)()
+        else:
+            self._sending.append(self._sender.submit(_in_turn, arrive, self._message(self._node, slices)))
 
     def _vector(self, node: Node) -> Tensor:
         return self._sums.vectors[self._sums.nodes[node]]
 
-    def _push(self, node: Node, slices: Sequence[Slice] | None = None) -> None:
+    def _message(self, node: Node, slices: Sequence[Slice] | None = None) -> Callable[[], None]:
+        """What pushes a node's slices, once they are on the host."""
         rows = tuple(row for row in self._stats if node.lo <= row.microbatch < node.hi)
         vector = self._memory.on_host(self._vector(node))
-        self._client.push(self.version, node, vector, rows, self._integers, slices)
+        return partial(self._client.push, self.version, node, vector, rows, self._integers, slices)
 
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
         """See ``Backend.contribute``."""
@@ -162,6 +164,9 @@ class ParamServerBackend:
             assert self._node is not None
             with timer.phase("push"):
                 self._ready.end()
+                for sent in self._sending:
+                    sent.result()
+                self._sending.clear()
                 self._pushed.add(self._node)
         self._counted = False
 
@@ -172,7 +177,7 @@ class ParamServerBackend:
             arrivals = [self._memory.send(self._vector(node), self._replica.partition.slices) for node in left]
             for node, arrive in zip(left, arrivals, strict=True):
                 arrive()
-                self._push(node)
+                self._message(node)()
             self._pushed.clear()
             self._stats.clear()
             self._next_integers, self._integers = self._integers, {}
@@ -205,9 +210,16 @@ class ParamServerBackend:
 
     def close(self) -> None:
         """See ``Backend.close``: another backend may be built for the replica then."""
+        if self._sender is not None:
+            self._sender.shutdown()
         self._sums.close()
         if self._early is not None:
             self._early.close()
         self._memory.close()
         self._replica.let_go()
         self._client.close()
+
+
+def _in_turn(first: Callable[[], None], then: Callable[[], None]) -> None:
+    first()
+    then()

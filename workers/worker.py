@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 from models.task import Batch, LossSum, Task
@@ -138,8 +139,7 @@ class Worker:
         batch = self._next_batch() if begun is None else begun.batch
         with self._timer.phase("compute"), self._backend.microbatch(index, last=last):
             loss = self._forward(step, index, batch) if begun is None else begun.loss
-            on_cpu = self._replica.device.type == "cpu"  # reading the loss would make a GPU wait for us
-            self._backend.forwarded(len(batch), _stats(index, loss, batch) if on_cpu else None)
+            self._backend.forwarded(len(batch), partial(_stats, index, loss, batch))
             if self._poisoned:
                 self._poisoned, loss = False, loss._replace(total=loss.total * float("nan"))
             self._backward(loss, lambda: self._seeded("backward", step, index))

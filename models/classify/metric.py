@@ -38,7 +38,7 @@ class ClassificationMetric:
 
     def update(self, outputs: Scores, batch: Batch) -> None:
         """Count a batch."""
-        labels_N = batch.targets["label"]
+        labels_N = batch.targets["label"].to(outputs.probabilities_NK.device)
         top_NT = outputs.probabilities_NK.topk(min(_TOP, len(self._classes)), dim=1).indices
         hit_NT = top_NT == labels_N[:, None]
         self.near += int(hit_NT.any(dim=1).sum())

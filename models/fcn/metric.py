@@ -35,7 +35,7 @@ class SegmentationMetric:
             batch: its target ``mask`` is (N, H, W), ``VOID`` where nothing is labelled.
         """
         num_classes = len(self.class_names)
-        mask_NHW = batch.targets["mask"]
+        mask_NHW = batch.targets["mask"].to(outputs.device)
         labelled = mask_NHW != VOID
         # int64 before the product: labels are bytes.
         pairs = mask_NHW[labelled].long() * num_classes + outputs[labelled].long()

@@ -2,13 +2,15 @@
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from paramserver.errors import StepTimeout
-from paramserver.messages import Commit, Hello, Push, Report
+from paramserver.messages import Commit, Decision, Hello, Push, Report
 from paramserver.partition import Slice
+from paramserver.scratch import Scratch
 from paramserver.server import Server
 from paramserver.vote import decide
 
@@ -16,10 +18,17 @@ __all__ = ["InProcessServers", "InProcessTransport"]
 
 
 class InProcessServers:
-    """All servers of a run, driven by whoever waits for them; safe for several threads."""
+    """All servers of a run, driven by whoever waits for them; safe for several threads.
 
-    def __init__(self, servers: Sequence[Server]) -> None:
+    Args:
+        servers: the servers.
+        threads: how many threads sum and update.
+    """
+
+    def __init__(self, servers: Sequence[Server], threads: int = 1) -> None:
         self.servers = list(servers)
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._scratches = [[server.new_scratch() for _ in range(threads)] for server in self.servers]
         self._changed = threading.Condition()
         self._reports: dict[int, Report] = {}
         self._failure: BaseException | None = None
@@ -35,15 +44,31 @@ class InProcessServers:
             if not self.servers[0].config.needs_vote:
                 for server in self.servers:
                     if server.ready:
-                        server.update()
-                        server.commit()
+                        self._update(server)
             elif all(server.ready for server in self.servers):
                 decision = decide([server.report() for server in self.servers], self.servers[0].config)
                 for server in self.servers:
-                    server.update(decision)
-                    server.commit()
+                    self._update(server, decision)
         except BaseException as error:
             self._failure = error  # every other waiting thread must hear of it
+
+    def _update(self, server: Server, decision: Decision | None = None) -> None:
+        if self._pool is None:
+            server.update(decision)
+            server.commit()
+            return
+        if decision is not None:
+            server.decide(decision)
+        left = iter(server.ready_parts())  # next() on it is atomic: each part goes to one thread
+
+        scratches = self._scratches[self.servers.index(server)]
+
+        def work(scratch: Scratch) -> Mapping[str, float]:
+            for index, part in left:
+                server.update_part(index, part, scratch)
+            return {stage: seconds / len(scratches) for stage, seconds in scratch.take_busy().items()}
+
+        server.commit(list(self._pool.map(work, scratches)))
 
     def wait(self, server: int, version: int, timeout_s: float) -> Commit:
         """Wait for a commit; see ``Transport.wait``."""

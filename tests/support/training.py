@@ -95,11 +95,13 @@ def train_workers(
     optimizer: OptimizerConfig,
     servers: ServerConfig,
     resume: State | None = None,
+    update_threads: int = 1,
 ) -> Run:
     """A parameter-server run of ``config.num_workers`` threads and ``servers.num_servers`` servers."""
     parts = build_parts(task, config, optimizer, servers)
     M, state = config.plan.microbatches, resume or parts.state
-    group = InProcessServers([Server(i, parts.partition, optimizer, M, state) for i in range(servers.num_servers)])
+    held = [Server(i, parts.partition, optimizer, M, state) for i in range(servers.num_servers)]
+    group = InProcessServers(held, update_threads)
     baton = threading.Lock()
 
     def work(index: int) -> list[StepReport | EvaluationReport]:

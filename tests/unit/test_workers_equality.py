@@ -1,6 +1,7 @@
 """The first test of the project: with the same M and seed, any number of workers gives the bits of one (E2 to E6)."""
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -8,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from paramserver.client import Client
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.errors import ReplicaMismatch
+from paramserver.partition import Slice
 from tests.support.tiny_task import TinyTask
 from tests.support.training import Run, train_single, train_workers
 from workers.config import PlanConfig, WorkerConfig
+from workers.host_memory import HostMemory
+from workers.replica import Replica
 from workers.seeding import seeded
 from workers.timing import PHASES
 
@@ -60,6 +65,46 @@ def test_the_same_holds_in_channels_last_order(num_workers: int) -> None:
     run = _workers("sgd", num_workers, 2, channels_last=True)
     _assert_equal(run, _single("sgd", channels_last=True))
     assert run.state.values["body.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_threads_of_a_server_change_no_bit(optimizer: str) -> None:
+    config, settings = replace(CONFIG, num_workers=2), OptimizerConfig(**OPTIMIZERS[optimizer])
+    servers = replace(SLICES, num_servers=2)
+    _assert_equal(train_workers(TinyTask(), config, settings, servers, update_threads=3), _single(optimizer))
+
+
+class _LateMemory(HostMemory):
+    """A GPU's on a CPU: sums come to where servers read them only when somebody waits for that."""
+
+    copies = True
+
+    def __init__(self, replica: Replica, client: Client) -> None:
+        super().__init__(replica, client)
+        self._twins: dict[int, torch.Tensor] = {}
+
+    def new_sum(self) -> torch.Tensor:
+        vector = torch.zeros_like(self._replica.values)
+        self._twins[vector.data_ptr()] = self._client.allocate()
+        return vector
+
+    def on_host(self, vector: torch.Tensor) -> torch.Tensor:
+        return self._twins[vector.data_ptr()]
+
+    def send(self, vector: torch.Tensor, slices: Sequence[Slice]) -> Callable[[], None]:
+        def arrive() -> None:
+            for piece in slices:
+                self.on_host(vector)[piece.start : piece.stop] = vector[piece.start : piece.stop]
+
+        return arrive
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_sums_that_reach_the_host_late_change_no_bit(monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+    monkeypatch.setattr("workers.param_server.host_memory", _LateMemory)
+    config = replace(CONFIG, num_workers=2, overlap=overlap)
+    run = train_workers(TinyTask(), config, OptimizerConfig(**OPTIMIZERS["sgd"]), SLICES)
+    _assert_equal(run, _single("sgd"))
 
 
 def test_the_run_had_what_makes_equality_hard() -> None:
