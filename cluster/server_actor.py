@@ -17,6 +17,7 @@ from cluster.ray_transport import POLL_S, WireArrival, WirePush, from_wire
 from paramserver.arena import Arena
 from paramserver.config import OptimizerConfig
 from paramserver.errors import ServerLost, StaleContribution, StepTimeout
+from paramserver.fused_adam import fused_adam
 from paramserver.fused_sgd import fused_sgd
 from paramserver.messages import Commit, Decision, Hello, Report
 from paramserver.partition import Partition, Slice
@@ -77,7 +78,7 @@ class ServerActor:
         prepare_process()
         self._verify_every = verify_every
         torch.set_num_threads(1)  # slices go to several threads, one operation does not
-        fused_sgd()  # loaded now: one that stands by must not take long later
+        _ = fused_sgd(), fused_adam()  # loaded now: one that stands by must not take long later
         self._index = -1
         self._partition = partition
         self._about = (optimizer, num_microbatches, state)

@@ -77,7 +77,7 @@ def _local(folder: Path, num_cpus: int, num_gpus: int, store_bytes: int) -> Iter
     import ray
 
     # Ray puts the driver's working directory first on the actors' sys.path: it may hold somebody's models/ or launch/.
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), _in_groups_of_their_own():
         ray.init(
             address="local",  # a bare init would join any cluster that runs on this machine
             num_cpus=num_cpus,
@@ -94,6 +94,26 @@ def _local(folder: Path, num_cpus: int, num_gpus: int, store_bytes: int) -> Iter
             yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _in_groups_of_their_own() -> Iterator[None]:
+    """Ray's processes: what a terminal or a scheduler sends to the driver's group is for the driver, which ends them.
+
+    SIGTERM to all of them would take the servers away from the checkpoint that the driver writes then. There is no
+    public way; Ray itself only blocks SIGINT. They end with the driver, however that ends.
+    """
+    from ray._private import services
+
+    original = getattr(services, "ConsolePopen", None)
+    if original is None:
+        yield
+        return
+    services.ConsolePopen = functools.partial(original, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = original
 
 
 def _watched() -> AbstractContextManager[None]:

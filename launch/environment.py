@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from paramserver.fused_adam import fused_adam
 from paramserver.fused_sgd import fused_sgd
 from workers.device import cpu_model
 
@@ -37,6 +38,7 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "fused_sgd": fused_sgd() is not None,
+        "fused_adam": fused_adam() is not None,
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "packages": {name: _installed(name) for name in _PACKAGES},

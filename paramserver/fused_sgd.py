@@ -1,68 +1,44 @@
-"""Sum along the tree, mean and SGD of a chunk in one pass over memory, where a C compiler is at hand.
+"""Sum along the tree, mean and SGD of a chunk in one pass over memory; see ``paramserver.fused``.
 
-torch does each operation by itself, and reads and writes a chunk again for each: for what a round costs, memory is all
-that counts. ``fused_sgd.c`` reads every contribution, parameter and momentum once. Each of its operations is one of
-IEEE 754, in the order of torch's, so the bits are the same; that is tried at start. If they are not, or there is no
-compiler, torch does the work. The idea of aggregation and optimizer in one pass is PHub's (Luo et al., SoCC 2018).
+``fused_sgd.c`` reads every contribution, parameter and momentum once.
 """
 
 import ctypes
-import hashlib
 import itertools
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from paramserver.fused import Pass, PassUnavailable, Sum, load_pass, sum_of
 from paramserver.reduction import Addition, Node, plan_additions
 
 __all__ = ["FusedSgd", "fused_sgd"]
-
-_SOURCE = Path(__file__).with_suffix(".c")
-_FLAGS = ("-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
-"""No contraction: a product and a sum are rounded one after the other but for those that torch fuses, too."""
-_COMPILE_S = 60.0
-_CACHE = Path(".cache") / "pushpull"
 
 
 class _Chunk(ctypes.Structure):
     """``struct chunk`` of fused_sgd.c."""
 
     _fields_ = (
-        ("length", ctypes.c_int64),
-        ("num_pushed", ctypes.c_int64),
-        ("pushed", ctypes.c_void_p),
-        ("num_additions", ctypes.c_int64),
-        ("additions", ctypes.c_void_p),
+        ("sum", Sum),
         ("old", ctypes.c_void_p),
         ("new", ctypes.c_void_p),
         ("momentum_old", ctypes.c_void_p),
         ("momentum_new", ctypes.c_void_p),
-        ("divisor", ctypes.c_float),
         ("weight_decay", ctypes.c_float),
         ("momentum", ctypes.c_float),
         ("step", ctypes.c_float),
         ("nesterov", ctypes.c_int32),
-        ("streaming", ctypes.c_int32),
     )
-
-
-_Function = Callable[[ctypes.Structure], int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusedSgd:
-    """The compiled pass; without the interpreter's lock while it works."""
+    """The compiled pass."""
 
-    function: _Function
+    function: Pass
 
     def __call__(
         self,
@@ -94,85 +70,32 @@ class FusedSgd:
         """
         old, new = parameters
         old_momentum, new_momentum = (None if m is None else m.data_ptr() for m in momenta)
-        plan = _as_array(additions)
+        total = sum_of(old.numel(), pushed, additions, divisor, streaming=streaming)
         found = self.function(
             _Chunk(
-                old.numel(),
-                len(pushed),
-                ctypes.addressof(addresses := (ctypes.c_void_p * len(pushed))(*pushed)),
-                len(additions),
-                ctypes.addressof(plan),
+                total,
                 old.data_ptr(),
                 new.data_ptr(),
                 old_momentum,
                 new_momentum,
-                divisor,
                 weight_decay,
                 momentum,
                 -lr,
                 nesterov,
-                streaming,
             )
         )
-        del addresses
         assert found >= 0, "the tree is deeper than the pass has registers"
         return not found
-
-
-@lru_cache(maxsize=256)
-def _as_array(additions: tuple[Addition, ...]) -> "ctypes.Array[ctypes.c_int32]":
-    flat = tuple(itertools.chain.from_iterable(additions))
-    return (ctypes.c_int32 * max(1, len(flat)))(*flat)
 
 
 @lru_cache(maxsize=1)
 def fused_sgd() -> FusedSgd | None:
     """The pass of this process's machine, or None if there is no compiler or its bits are not torch's."""
     try:
-        library = _library()
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: nobody's home
+        fused = FusedSgd(function=load_pass("fused_sgd", _Chunk))
+    except PassUnavailable:
         return None
-    function = library.pushpull_fused_sgd
-    function.argtypes, function.restype = [ctypes.POINTER(_Chunk)], ctypes.c_int
-    fused = FusedSgd(function=function)
     return fused if _has_the_bits_of_torch(fused) else None
-
-
-def _library() -> ctypes.CDLL:
-    """The shared library, compiled once for each machine, user and version of the source.
-
-    Raises:
-        OSError, subprocess.SubprocessError: if it cannot be made.
-    """
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler")
-    key = hashlib.sha256(repr((_SOURCE.read_text(), _FLAGS, compiler, platform.machine(), _features())).encode())
-    kept = Path.home() / _CACHE / f"fused_sgd-{key.hexdigest()[:16]}.so"
-    if kept.is_file() and kept.stat().st_uid == os.getuid():
-        return ctypes.CDLL(str(kept))
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder = tempfile.TemporaryDirectory(dir=kept.parent)
-    except OSError:  # nothing can be kept there
-        folder = tempfile.TemporaryDirectory()
-    with folder as own:
-        made = Path(own) / kept.name
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_S, stdin=subprocess.DEVNULL)
-        library = ctypes.CDLL(str(made))
-        if made.parent.parent == kept.parent:
-            made.replace(kept)  # at once: others may be making it, too
-    return library
-
-
-def _features() -> str:
-    """What the processor can do: the library is made for that alone."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _has_the_bits_of_torch(fused: FusedSgd) -> bool:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from paramserver.config import OptimizerConfig
 from paramserver.errors import NonFiniteGradient
-from paramserver.fused_sgd import fused_sgd
-from paramserver.optimizer import Sgd, build_slice_optimizer
+from paramserver.optimizer import build_slice_optimizer
 from paramserver.partition import BUFFERS, ELEMENT_BYTES, Key, Slice
 from paramserver.reduction import TreeSum
 from paramserver.scratch import Scratch
@@ -51,7 +50,6 @@ class HeldSlice:
             build_slice_optimizer(pair, chunk, config, factor)
             for pair, chunk in zip(zip(*self._chunks, strict=True), memory.chunks(piece), strict=False)
         ]
-        self._fused = fused_sgd() if config.name == "sgd" else None
         self.parts = range(len(self._ranges))
         """Chunks, which may be updated by different threads."""
         self._done: set[int] = set()
@@ -137,15 +135,16 @@ class HeldSlice:
 
     def _update_in_one_pass(self, part: int, version: int, divisor: Tensor, lr: float, scratch: Scratch) -> bool:
         """``update`` with sum and optimizer at once, all of it booked as ``update``; False if there is no such pass."""
-        optimizer, (lo, hi) = self._optimizers[part], self._ranges[part]
-        if self._fused is None or not isinstance(optimizer, Sgd):
-            return False
         begin = time.perf_counter()
+        lo, hi = self._ranges[part]
         vectors, additions = self._sum.plan()
         if not all(vector.is_contiguous() for vector in vectors):
             return False
         pushed = [vector.data_ptr() + ELEMENT_BYTES * lo for vector in vectors]
-        if not optimizer.step_tree(self._fused, version, pushed, additions, float(divisor), lr):
+        finite = self._optimizers[part].step_tree(version, pushed, additions, float(divisor), lr)
+        if finite is None:
+            return False
+        if not finite:
             self._refuse_non_finite(scratch.sum(self._sum, lo, hi), lo, hi, version + 1)
         scratch.busy["update"] += time.perf_counter() - begin
         return True

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from paramserver.config import OptimizerConfig
-from paramserver.fused_sgd import FusedSgd
+from paramserver.fused_adam import fused_adam
+from paramserver.fused_sgd import fused_sgd
 from paramserver.reduction import Addition
 from paramserver.server_memory import ChunkMemory
 
-__all__ = ["Sgd", "SliceOptimizer", "build_slice_optimizer"]
+__all__ = ["SliceOptimizer", "build_slice_optimizer"]
 
 
 class SliceOptimizer(Protocol):
@@ -24,6 +25,22 @@ class SliceOptimizer(Protocol):
         """As ``step`` with ``total / divisor``, to the bit.
 
         ``total`` (n,) is only read, unless it is ``quotient`` itself: (n,) memory that may be written.
+        """
+
+    def step_tree(
+        self, version: int, pushed: Sequence[int], additions: tuple[Addition, ...], divisor: float, lr: float
+    ) -> bool | None:
+        """As ``step_sum`` with the sum of contributions, to the bit, in one pass; None if there is no such pass.
+
+        Args:
+            version: the committed one, which is read.
+            pushed: addresses of the contributions, (n,) fp32 each.
+            additions: that make their sum.
+            divisor: of the sum.
+            lr: learning rate, before this slice's factor.
+
+        Returns:
+            whether the sum is finite everywhere; if not, what was written counts for nothing.
         """
 
     def skip(self, version: int) -> None:
@@ -47,12 +64,11 @@ def build_slice_optimizer(
         config: the optimizer.
         lr_factor: factor on the learning rate of this slice's group.
     """
-    if config.name == "sgd":
-        return Sgd(values, memory, config, lr_factor)
-    return _TorchOptimizer(values, memory, config, lr_factor)
+    cls = _Sgd if config.name == "sgd" else _Adam
+    return cls(values, memory, config, lr_factor)
 
 
-class Sgd:
+class _Sgd:
     """``torch.optim.SGD`` to the bit (``foreach=False``), from one version into the other without copying first.
 
     The formulas are those of torch/optim/sgd.py ``_single_tensor_sgd``, with ``out=`` in place of in-place.
@@ -68,6 +84,7 @@ class Sgd:
         self._momentum = (first["momentum_buffer"], second["momentum_buffer"]) if config.momentum else None
         self._updates = memory.updates
         self._has_momentum = [bool(count) for count in memory.updates]
+        self._fused = fused_sgd()
 
     def step(self, version: int, gradient: Tensor, lr: float) -> None:
         """See ``SliceOptimizer.step``."""
@@ -100,27 +117,14 @@ class Sgd:
         self._move(version, direction, lr)
 
     def step_tree(
-        self,
-        fused: FusedSgd,
-        version: int,
-        pushed: Sequence[int],
-        additions: tuple[Addition, ...],
-        divisor: float,
-        lr: float,
-    ) -> bool:
-        """As ``step_sum`` with the sum of contributions, to the bit, in one pass; False if it is not finite somewhere.
-
-        Args:
-            fused: the pass.
-            version: the committed one, which is read.
-            pushed: addresses of the contributions, (n,) fp32 each.
-            additions: that make their sum.
-            divisor: of the sum.
-            lr: learning rate, before this slice's factor.
-        """
+        self, version: int, pushed: Sequence[int], additions: tuple[Addition, ...], divisor: float, lr: float
+    ) -> bool | None:
+        """See ``SliceOptimizer.step_tree``."""
+        if self._fused is None:
+            return None
         source, target = version % 2, (version + 1) % 2
         config, momentum = self._config, self._momentum
-        finite = fused(
+        finite = self._fused(
             pushed,
             additions,
             (self._values[source], self._values[target]),
@@ -168,14 +172,16 @@ class Sgd:
             self._momentum[version % 2].copy_(state["momentum_buffer"])
 
 
-class _TorchOptimizer:
-    """``torch.optim`` on a copy: version ``t`` and its state are copied, then stepped in place."""
+class _Adam:
+    """``torch.optim.Adam`` or ``AdamW``: in one pass, or on a copy of version ``t`` that is stepped in place."""
 
     def __init__(
         self, values: tuple[Tensor, Tensor], memory: ChunkMemory, config: OptimizerConfig, lr_factor: float
     ) -> None:
         self._values = values
+        self._config = config
         self._lr_factor = lr_factor
+        self._fused = fused_adam()
         self._states = tuple(
             {"step": count, **vectors} for count, vectors in zip(memory.updates, memory.vectors, strict=True)
         )
@@ -196,6 +202,32 @@ class _TorchOptimizer:
     def step_sum(self, version: int, total: Tensor, divisor: Tensor, lr: float, quotient: Tensor) -> None:
         """See ``SliceOptimizer.step_sum``."""
         self.step(version, torch.div(total, divisor, out=quotient), lr)
+
+    def step_tree(
+        self, version: int, pushed: Sequence[int], additions: tuple[Addition, ...], divisor: float, lr: float
+    ) -> bool | None:
+        """See ``SliceOptimizer.step_tree``."""
+        if self._fused is None:
+            return None
+        source, target = version % 2, (version + 1) % 2
+        before, after = self._states[source], self._states[target]
+        step = float(before["step"]) + 1
+        finite = self._fused(
+            pushed,
+            additions,
+            (self._values[source], self._values[target]),
+            (before["exp_avg"], after["exp_avg"]),
+            (before["exp_avg_sq"], after["exp_avg_sq"]),
+            divisor=divisor,
+            step=step,
+            lr=lr * self._lr_factor,
+            betas=self._config.betas,
+            eps=self._config.eps,
+            weight_decay=self._config.weight_decay,
+            decoupled=self._config.name == "adamw",
+        )
+        after["step"].fill_(step)
+        return finite
 
     def skip(self, version: int) -> None:
         """See ``SliceOptimizer.skip``."""

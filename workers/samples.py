@@ -82,7 +82,8 @@ class _Elsewhere(Dataset[Any]):
 
 
 def _begin_process(threads: int, parent: int, _number: int) -> None:
-    """In a loader process: compute as the worker would, and end when it does."""
+    """In a loader process: compute as the worker would, and end when it does, not before."""
+    os.setpgid(0, 0)  # what a terminal or a scheduler sends to the whole group is for the worker, which may go on
     torch.set_num_threads(threads)  # a mean over an image depends on it
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was too late for that

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("models", "paramserver", "workers", "cluster", "launch")
-ENVIRONMENT = ("cluster/session.py", "workers/process_group.py")
+ENVIRONMENT = ("cluster/session.py", "workers/device.py", "workers/process_group.py")
 DISTRIBUTED = ("workers/ddp.py", "workers/process_group.py")
 CONFIG_MODULES = [
     "models.options",

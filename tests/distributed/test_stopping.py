@@ -43,6 +43,19 @@ def test_sigterm_writes_a_checkpoint_that_continues_to_the_same_bits(tmp_path: P
     assert resumed.summary["fingerprint"] == whole.summary["fingerprint"]
 
 
+@pytest.mark.parametrize("backend", ["single", "ps"])
+def test_sigterm_to_the_whole_group_ends_a_run_as_well(tmp_path: Path, backend: str) -> None:
+    """As timeout(1) and many a scheduler send it: loader processes and actors get it, too."""
+    arguments = ["train", "ssd", "--backend", backend, *BACKENDS[backend], *SMALL, "--loader-processes", "1"]
+    process = start(*arguments, "--steps", "500", "--out", str(tmp_path), "--name", "stopped")
+    wait_for_line(process, "step 2/")
+    os.killpg(process.pid, signal.SIGTERM)
+    _, complaint = process.communicate(timeout=90)
+    assert process.returncode == 143, complaint
+    steps = json.loads((tmp_path / "stopped" / "summary.json").read_text())["steps"]
+    assert (tmp_path / "stopped" / "checkpoints" / f"step_{steps}" / "meta.json").exists()
+
+
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     folders, memory = ray_folders(), shared_memory()
     process = start("train", "ssd", "--backend", "ps", "--workers=2", *SMALL, "--steps=500", f"--out={tmp_path}")

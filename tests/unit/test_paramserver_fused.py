@@ -1,6 +1,8 @@
 """One pass over memory has the bits of torch's many."""
 
 import itertools
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paramserver import fused_sgd as module
-from paramserver import held_slice
+from paramserver import fused, optimizer
 from paramserver.config import OptimizerConfig
 from paramserver.errors import NonFiniteGradient
+from paramserver.fused import load_pass
+from paramserver.fused_adam import fused_adam
 from paramserver.fused_sgd import fused_sgd
 from paramserver.messages import MicrobatchStats
 from paramserver.reduction import maximal_nodes
 from tests.support.servers import Fleet, bits_equal
 
+PASSES = {"fused_sgd": fused_sgd, "fused_adam": fused_adam}
 needs_a_compiler = pytest.mark.skipif(fused_sgd() is None, reason="no C compiler")
+needs_the_adam_of_torch = pytest.mark.skipif(fused_adam() is None, reason="no C compiler, or another square root")
+
+
+@pytest.fixture
+def fresh_passes() -> Iterator[None]:
+    for load in PASSES.values():
+        load.cache_clear()
+    yield
+    for load in PASSES.values():
+        load.cache_clear()
 
 
 def _train(length: int, runs: list[range], steps: int, options: dict[str, Any]) -> dict[str, Tensor]:
@@ -28,7 +42,7 @@ def _train(length: int, runs: list[range], steps: int, options: dict[str, Any]) 
     microbatches = runs[-1].stop
     fleet = Fleet(
         {"w": torch.randn(length, generator=random), "v": torch.randn(3, generator=random)},
-        OptimizerConfig(lr=0.1, **options),
+        OptimizerConfig(**{"lr": 0.1, **options}),
         num_microbatches=microbatches,
         num_servers=2,
         slice_bytes=4096,
@@ -69,16 +83,39 @@ def _runs(cuts: list[int]) -> list[range]:
 def test_any_tree_and_setting_gives_the_bits_of_torch(length: int, cuts: list[int], options: dict[str, Any]) -> None:
     fused = _train(length, _runs(cuts), 3, options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(held_slice, "fused_sgd", lambda: None)
+        patch.setattr(optimizer, "fused_sgd", lambda: None)
+        plain = _train(length, _runs(cuts), 3, options)
+    assert bits_equal(fused, plain)
+
+
+@needs_the_adam_of_torch
+@given(
+    length=st.integers(1, 3000),
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    options=st.sampled_from(
+        [
+            {"name": "adam"},
+            {"name": "adam", "weight_decay": 0.01, "betas": (0.8, 0.95), "eps": 1e-6},
+            {"name": "adamw", "lr_factors": (("w", 3.0),)},
+            {"name": "adamw", "weight_decay": 0.01},
+        ]
+    ),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_same_holds_for_adam(length: int, cuts: list[int], options: dict[str, Any]) -> None:
+    fused = _train(length, _runs(cuts), 3, options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "fused_adam", lambda: None)
         plain = _train(length, _runs(cuts), 3, options)
     assert bits_equal(fused, plain)
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("name", ["sgd", "adam"])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("place", [0, 63, 64, 999])
-def test_a_gradient_that_is_not_finite_is_named_wherever_it_is(value: float, place: int) -> None:
-    fleet = Fleet({"w": torch.ones(1000)}, OptimizerConfig(lr=0.1, momentum=0.9), slice_bytes=4096)
+def test_a_gradient_that_is_not_finite_is_named_wherever_it_is(name: Any, value: float, place: int) -> None:
+    fleet = Fleet({"w": torch.ones(1000)}, OptimizerConfig(name=name, lr=0.1), slice_bytes=4096)
     gradient = torch.zeros(1000)
     gradient[place] = value
     with pytest.raises(NonFiniteGradient, match="'w' is not finite in step 1"):
@@ -101,45 +138,41 @@ def test_numbers_near_zero_are_kept() -> None:
     assert torch.equal(fleet.state().values["w"], torch.full((100,), -1e-42))
 
 
+@pytest.mark.usefixtures("fresh_passes")
 def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.shutil, "which", lambda _: None)
-    fused_sgd.cache_clear()
-    try:
-        assert fused_sgd() is None
-        fleet = Fleet({"w": torch.zeros(4)}, OptimizerConfig(lr=1.0))
-        fleet.step({"w": torch.ones(4)})
-        assert torch.equal(fleet.state().values["w"], -torch.ones(4))
-    finally:
-        fused_sgd.cache_clear()
+    monkeypatch.setattr(fused.shutil, "which", lambda _: None)
+    assert fused_sgd() is None
+    assert fused_adam() is None
+    fleet = Fleet({"w": torch.zeros(4)}, OptimizerConfig(lr=1.0))
+    fleet.step({"w": torch.ones(4)})
+    assert torch.equal(fleet.state().values["w"], -torch.ones(4))
 
 
 @pytest.mark.parametrize(
-    "spoil", [("kept + gradient;", "kept + gradient + 1e-7f;"), ("fmaf(direction", "fmaf(2 * direction")]
+    ("name", "old", "new"),
+    [
+        ("fused_sgd", "kept + gradient;", "kept + gradient + 1e-7f;"),
+        ("fused_sgd", "fmaf(direction", "fmaf(2 * direction"),
+        ("fused_adam", "fmaf(weighed, gradient, kept)", "weighed * gradient + kept"),
+    ],
 )
-@needs_a_compiler
+@needs_the_adam_of_torch
+@pytest.mark.usefixtures("fresh_passes")
 def test_a_pass_with_other_bits_is_not_used(
-    spoil: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = tmp_path / "fused_sgd.c"
-    text = module._SOURCE.read_text()
-    assert spoil[0] in text
-    source.write_text(text.replace(*spoil))
-    monkeypatch.setattr(module, "_SOURCE", source)
-    monkeypatch.setattr(module.Path, "home", lambda: tmp_path)
-    fused_sgd.cache_clear()
-    try:
-        assert fused_sgd() is None
-        assert [path.suffix for path in (tmp_path / ".cache/pushpull").iterdir()] == [".so"], "nothing else is left"
-    finally:
-        fused_sgd.cache_clear()
+    text = (fused._FOLDER / f"{name}.c").read_text()
+    assert old in text
+    (tmp_path / f"{name}.c").write_text(text.replace(old, new))
+    monkeypatch.setattr(f"paramserver.{name}.load_pass", partial(load_pass, folder=tmp_path))
+    monkeypatch.setattr(fused.Path, "home", lambda: tmp_path)
+    assert PASSES[name]() is None
+    assert [path.suffix for path in (tmp_path / ".cache/pushpull").iterdir()] == [".so"], "nothing else is left"
 
 
 @needs_a_compiler
+@pytest.mark.usefixtures("fresh_passes")
 def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".cache").write_text("a file")
-    monkeypatch.setattr(module.Path, "home", lambda: tmp_path)
-    fused_sgd.cache_clear()
-    try:
-        assert fused_sgd() is not None, "it is made in a folder that lasts as long as it takes"
-    finally:
-        fused_sgd.cache_clear()
+    monkeypatch.setattr(fused.Path, "home", lambda: tmp_path)
+    assert fused_sgd() is not None, "it is made in a folder that lasts as long as it takes"

@@ -1,0 +1,174 @@
+"""Sum along the tree, mean and Adam of a chunk in one pass over memory; see ``paramserver.fused``.
+
+``fused_adam.c`` reads every contribution, parameter and average once. Its square root is torch's own: where torch was
+built with MKL that is not the nearest number each time.
+"""
+
+import ctypes
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from paramserver.fused import Pass, PassUnavailable, Sum, load_pass, sum_of
+from paramserver.reduction import Addition, Node, plan_additions
+
+__all__ = ["FusedAdam", "fused_adam"]
+
+_VML_MODE = 0x2 | 0x140000 | 0x100
+"""High accuracy, numbers near zero kept, no error is looked for: what ATen asks of MKL."""
+
+
+class _Chunk(ctypes.Structure):
+    """``struct chunk`` of fused_adam.c."""
+
+    _fields_ = (
+        ("sum", Sum),
+        ("old", ctypes.c_void_p),
+        ("new", ctypes.c_void_p),
+        ("average_old", ctypes.c_void_p),
+        ("square_old", ctypes.c_void_p),
+        ("average_new", ctypes.c_void_p),
+        ("square_new", ctypes.c_void_p),
+        ("root", ctypes.c_void_p),
+        ("mode", ctypes.c_int64),
+        ("weight_decay", ctypes.c_float),
+        ("keep", ctypes.c_float),
+        ("average_weight", ctypes.c_float),
+        ("square_keep", ctypes.c_float),
+        ("square_weight", ctypes.c_float),
+        ("correction", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("step", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedAdam:
+    """The compiled pass."""
+
+    function: Pass
+    root: int | None
+    """Address of torch's square root; None: the processor's."""
+
+    def __call__(
+        self,
+        pushed: Sequence[int],
+        additions: tuple[Addition, ...],
+        parameters: tuple[Tensor, Tensor],
+        averages: tuple[Tensor, Tensor],
+        squares: tuple[Tensor, Tensor],
+        *,
+        divisor: float,
+        step: float,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        decoupled: bool,
+        streaming: bool = True,
+    ) -> bool:
+        """Write the next version of parameters and averages; False if the sum is not finite somewhere.
+
+        Args:
+            pushed: addresses of the contributions, (n,) fp32 each.
+            additions: that make their sum; see ``plan_additions``.
+            parameters: (n,) fp32, read and written; both may be the same.
+            averages: likewise, of the gradient.
+            squares: likewise, of its square.
+            divisor: total weight, exact in fp32.
+            step: number of this update, from 1.
+            lr: learning rate.
+            betas: see ``torch.optim.Adam``.
+            eps: likewise.
+            weight_decay: likewise.
+            decoupled: whether the decay is AdamW's.
+            streaming: see ``sum_of``.
+        """
+        beta1, beta2 = betas
+        total = sum_of(parameters[0].numel(), pushed, additions, divisor, streaming=streaming)
+        found = self.function(
+            _Chunk(
+                total,
+                parameters[0].data_ptr(),
+                parameters[1].data_ptr(),
+                averages[0].data_ptr(),
+                squares[0].data_ptr(),
+                averages[1].data_ptr(),
+                squares[1].data_ptr(),
+                self.root,
+                _VML_MODE,
+                0.0 if decoupled else weight_decay,
+                1 - lr * weight_decay if decoupled else 1.0,
+                1 - beta1,
+                beta2,
+                1 - beta2,
+                (1 - beta2**step) ** 0.5,
+                eps,
+                -lr / (1 - beta1**step),
+            )
+        )
+        assert found >= 0, "the tree is deeper than the pass has registers"
+        return not found
+
+
+@lru_cache(maxsize=1)
+def fused_adam() -> FusedAdam | None:
+    """The pass of this process's machine, or None if there is no compiler or its bits are not torch's."""
+    try:
+        function = load_pass("fused_adam", _Chunk)
+    except PassUnavailable:
+        return None
+    for root in (_root_of_mkl(), None):
+        fused = FusedAdam(function=function, root=root)
+        if _has_the_bits_of_torch(fused):
+            return fused
+    return None
+
+
+def _root_of_mkl() -> int | None:
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.vmsSqrt, ctypes.c_void_p).value
+    except (OSError, AttributeError):  # built without it
+        return None
+
+
+def _has_the_bits_of_torch(fused: FusedAdam) -> bool:
+    """Whether it computes what torch computes, on random numbers of a length with a rest; square roots on many."""
+    length, lr, betas, eps, divisor = 20_011, 0.01, (0.9, 0.999), 1e-8, torch.tensor(7.0)
+    random = torch.Generator().manual_seed(0)
+    pushed = [torch.randn(length, generator=random) for _ in range(3)]
+    old, average = torch.randn(length, generator=random), torch.randn(length, generator=random)
+    square = torch.rand(length, generator=random) * 10.0 ** torch.randint(-12, 3, (length,), generator=random)
+    additions = plan_additions(Node(0, 3), (Node(0, 1), Node(1, 2), Node(2, 3)))
+    total = pushed[0] + pushed[1] + pushed[2]
+    for decay, decoupled, step in itertools.product((0.0, 0.1), (True, False), (1.0, 1000.0)):
+        wanted = (old.clone(), average.clone(), square.clone())
+        cls = torch.optim.AdamW if decoupled else torch.optim.Adam
+        optimizer = cls([wanted[0]], lr, betas, eps, decay, foreach=False, fused=False)
+        optimizer.state[wanted[0]] = {"step": torch.tensor(step - 1), "exp_avg": wanted[1], "exp_avg_sq": wanted[2]}
+        wanted[0].grad = torch.div(total, divisor)
+        optimizer.step()
+        made = (torch.empty(length), torch.empty(length), torch.empty(length))
+        finite = fused(
+            [vector.data_ptr() for vector in pushed],
+            additions,
+            (old, made[0]),
+            (average, made[1]),
+            (square, made[2]),
+            divisor=float(divisor),
+            step=step,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=decay,
+            decoupled=decoupled,
+        )
+        if not (finite and all(map(torch.equal, made, wanted))):
+            return False
+    return True
