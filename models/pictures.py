@@ -36,14 +36,16 @@ def write_image(image: Tensor, path: Path) -> None:
 
 
 def contact_sheet(pictures: Sequence[Tensor], *, columns: int | None = None, side: int = 256) -> Tensor:
-    """Pictures on one white sheet, row by row.
+    """Pictures on one white sheet, row by row, each in the middle of a cell that is as large as the largest.
 
     Args:
         pictures: (3, H, W) uint8 each, of any sizes; at least one.
         columns: how many stand beside each other; None: about as many as below each other.
         side: pixels of the longer side of each: larger ones are made smaller.
     """
-    cells = [_fit(picture, side) for picture in pictures]
+    small = [_fit(picture, side) for picture in pictures]
+    height, width = (max(picture.shape[dim] for picture in small) for dim in (1, 2))
+    cells = [_centred(picture, height, width) for picture in small]
     columns = columns or math.ceil(math.sqrt(len(cells)))
     sheet: Tensor = make_grid(torch.stack(cells), nrow=columns, padding=_GAP, pad_value=_WHITE)
     return sheet.to(torch.uint8)
@@ -56,10 +58,15 @@ def beside(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _fit(picture: Tensor, side: int) -> Tensor:
-    """In the middle of a white square of ``side`` pixels."""
+    """Its longer side has ``side`` pixels at most."""
     height, width = picture.shape[-2:]
     factor = min(1.0, side / max(height, width))
-    height, width = (max(1, round(factor * length)) for length in (height, width))
-    small = TF.resize(picture.cpu(), [height, width], antialias=True)
-    left, top = (side - width) // 2, (side - height) // 2
-    return F.pad(small.float(), (left, side - width - left, top, side - height - top), value=_WHITE)
+    size = [max(1, round(factor * length)) for length in (height, width)]
+    small: Tensor = TF.resize(picture.cpu(), size, antialias=True)
+    return small
+
+
+def _centred(picture: Tensor, height: int, width: int) -> Tensor:
+    top, left = (height - picture.shape[1]) // 2, (width - picture.shape[2]) // 2
+    bottom, right = height - picture.shape[1] - top, width - picture.shape[2] - left
+    return F.pad(picture.float(), (left, right, top, bottom), value=_WHITE)

@@ -75,3 +75,15 @@ def test_a_rows_command_names_its_settings() -> None:
     words = row_command(row, plan.rows[row])
     assert words.startswith("pushpull train ssd --backend ps --workers 2 --servers 1 --spares 0 --microbatches 2 ")
     assert isinstance(plan.rows[row], RunConfig)
+
+
+def test_every_row_has_the_network_and_the_loader_that_were_asked_for() -> None:
+    config = BenchConfig(workers="1", model="ssd300_resnet50", augment="none", loader_processes=2, batch_size=2)
+    plan = plan_task("ssd", config)
+    runs = [*plan.rows.values(), *plan.equality.values()]
+    assert {(run.model, run.augment, run.loader_processes) for run in runs} == {("ssd300_resnet50", "none", 2)}
+    row = next(row for row in plan.rows if not row.is_baseline)
+    assert "--model ssd300_resnet50 --augment none --loader-processes 2 " in row_command(row, plan.rows[row])
+    assert config.command(["ssd"]) == (
+        "pushpull bench ssd --workers 1 --batch-size 2 --model ssd300_resnet50 --augment none --loader-processes 2"
+    )
