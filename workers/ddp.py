@@ -242,3 +242,4 @@ class DdpBackend:
     def close(self) -> None:
         """See ``Backend.close``."""
         self._client.close()
+        self._servers.close()

@@ -38,6 +38,10 @@ class LocalServers:
             replica.values.copy_(flat)
         replica.load(self._server.integers(version))
 
+    def close(self) -> None:
+        """End its threads."""
+        self.group.close()
+
     def state(self) -> State:
         """A copy of everything at the committed version."""
         return assemble(self._partition, [self._server.snapshot(self._server.version)])

@@ -42,6 +42,11 @@ class SingleBackend(ParamServerBackend):
         """See ``Backend.wait``."""
         return super().wait(timer)._replace(stop=self._stop_requested())
 
+    def close(self) -> None:
+        """See ``Backend.close``."""
+        super().close()
+        self._servers.close()
+
     def state(self) -> State:
         """A copy of everything at the committed version."""
         return self._servers.state()

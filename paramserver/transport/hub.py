@@ -11,7 +11,7 @@ import selectors
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 from paramserver.arena import Arena
@@ -20,6 +20,7 @@ from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, Hello, Push
 from paramserver.partition import Partition, Slice
 from paramserver.scratch import Scratch
+from paramserver.team import Team
 from paramserver.transport.channel import Address, Channel, listen
 from paramserver.transport.news import News
 from paramserver.transport.peer import Peer
@@ -132,7 +133,7 @@ class Hub:
         self._watched = False
         self._pieces = server.partition.by_server[server.index]
         self._scratches = [server.new_scratch() for _ in range(threads)]
-        self._helpers = ThreadPoolExecutor(threads - 1) if threads > 1 else None
+        self._team = Team(threads, f"hub-{server.index}")
         self._peers: dict[int, Peer] = {}
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
@@ -185,8 +186,7 @@ class Hub:
         if not self._closed.is_set():
             self.call(self._shut).result()
             self._thread.join()
-            if self._helpers:
-                self._helpers.shutdown()
+            self._team.close()
             with self._gate:
                 self._gone = True
                 os.close(self._wake)
@@ -317,12 +317,7 @@ class Hub:
                     self._tell_written(version)
 
         begin = time.perf_counter()
-        helpers = [self._helpers.submit(work, i) for i in range(1, len(self._scratches))] if self._helpers else []
-        try:
-            work(0)
-        finally:
-            for helper in helpers:
-                helper.result()
+        self._team.run(work)
         self._look("update")  # others may have been quicker with all there was
         self._tell_written(version)  # of what other threads wrote last
         self._wall += time.perf_counter() - begin

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -10,8 +9,8 @@ from torch import Tensor
 from paramserver.errors import StepTimeout
 from paramserver.messages import Commit, Decision, Hello, Push, Report
 from paramserver.partition import Slice
-from paramserver.scratch import Scratch
 from paramserver.server import Server
+from paramserver.team import Team
 from paramserver.vote import decide
 
 __all__ = ["InProcessServers", "InProcessTransport"]
@@ -27,7 +26,7 @@ class InProcessServers:
 
     def __init__(self, servers: Sequence[Server], threads: int = 1) -> None:
         self.servers = list(servers)
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._team = Team(threads, "servers")
         self._scratches = [[server.new_scratch() for _ in range(threads)] for server in self.servers]
         self._changed = threading.Condition()
         self._reports: dict[int, Report] = {}
@@ -53,22 +52,19 @@ class InProcessServers:
             self._failure = error  # every other waiting thread must hear of it
 
     def _update(self, server: Server, decision: Decision | None = None) -> None:
-        if self._pool is None:
-            server.update(decision)
-            server.commit()
-            return
         if decision is not None:
             server.decide(decision)
         left = iter(server.ready_parts())  # next() on it is atomic: each part goes to one thread
 
         scratches = self._scratches[self.servers.index(server)]
 
-        def work(scratch: Scratch) -> Mapping[str, float]:
+        def work(thread: int) -> None:
             for index, part in left:
-                server.update_part(index, part, scratch)
-            return {stage: seconds / len(scratches) for stage, seconds in scratch.take_busy().items()}
+                server.update_part(index, part, scratches[thread])
 
-        server.commit(list(self._pool.map(work, scratches)))
+        self._team.run(work)
+        busy = [scratch.take_busy() for scratch in scratches]
+        server.commit([{stage: seconds / len(busy) for stage, seconds in thread.items()} for thread in busy])
 
     def wait(self, server: int, version: int, timeout_s: float) -> Commit:
         """Wait for a commit; see ``Transport.wait``."""
@@ -91,6 +87,10 @@ class InProcessServers:
             commit = self.servers[server].last
             assert commit is not None
             return commit
+
+    def close(self) -> None:
+        """End the threads."""
+        self._team.close()
 
 
 class InProcessTransport:
