@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.runs import train
+from tests.support.runs import summary_of, train
 from tests.support.torchrun import run_ddp_cases
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ STEPS: dict[str, Any] = {"batch_size": 7, "microbatches": 4, "steps": 3, "seed":
 )
 def test_same_bits_on_every_backend(ray_cluster: None, tmp_path: Path, name: str) -> None:
     case = {**STEPS, **NETWORKS[name], "model": name}
-    single = train(tmp_path, "single", backend="single", **case).summary
+    single = summary_of(tmp_path, "single", backend="single", **case)
     assert single["loss"]["first"] == single["loss"]["first"], "a number"
     ps = train(tmp_path, "ps", in_session=True, backend="ps", workers=2, **case).summary
     assert ps["state_fingerprint"] == single["state_fingerprint"]

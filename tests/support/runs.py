@@ -1,5 +1,6 @@
 """Small training runs for tests: real backends, tiny images."""
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,13 @@ def train(out: Path, name: str, *, in_session: bool = False, **settings: Any) ->
     """Train quietly into ``out/name``."""
     spares = settings.pop("spares", 1 if settings.get("faults") else 0)  # they take time to start
     return run(RunConfig(out=str(out), name=name, spares=spares, **settings), quiet=True, in_session=in_session)
+
+
+def summary_of(out: Path, name: str, **settings: Any) -> dict[str, Any]:
+    """The summary of a run in a process of its own: one that trains keeps all memory that a step has freed."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_summary, (out, name, settings))
+
+
+def _summary(out: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return train(out, name, **settings).summary
