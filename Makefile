@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEED ?= 1
 
-.PHONY: help demo test test-slow test-gpu chaos check format clean
+.PHONY: help demo test test-slow test-gpu bench-gpu chaos check format clean
 
 help:
 	@echo "make demo       install, train both tasks on all backends, print the table (5 minutes on 2 cores)"
 	@echo "make test       install, run the tests"
 	@echo "make test-slow  the long matrices"
 	@echo "make test-gpu   what needs a GPU"
+	@echo "make bench-gpu  large networks on one GPU: a worker of ps beside the plain loop"
 	@echo "make chaos      kills at every stage of a step, then 100 at random times: make chaos SEED=1"
 	@echo "make check      ruff, mypy, import-linter"
 
@@ -33,6 +34,16 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -m gpu
+
+# A row takes about 20 s, most of it to start processes.
+GPU_BENCH := --workers 1 --backends ps --scaling weak --steps 40 --warmup 10 --repeats 3 --equality-steps 0 --augment none \
+	--loader-processes 6 --device cuda --overwrite
+
+bench-gpu: $(STAMP)
+	$(BIN)/pushpull bench ssd --model ssd300_resnet50 --batch-size 64 $(GPU_BENCH) --name gpu-ssd-fp32
+	$(BIN)/pushpull bench ssd --model ssd300_resnet50 --batch-size 64 --precision bf16 $(GPU_BENCH) --name gpu-ssd-bf16
+	$(BIN)/pushpull bench fcn --model fcn_resnet50 --batch-size 16 $(GPU_BENCH) --name gpu-fcn-fp32
+	$(BIN)/pushpull bench fcn --model fcn_resnet50 --batch-size 16 --precision bf16 $(GPU_BENCH) --name gpu-fcn-bf16
 
 chaos: $(STAMP)
 	$(BIN)/pytest tests/faults -m slow --timeout 600

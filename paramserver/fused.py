@@ -6,6 +6,7 @@ the bits are the same; each pass tries that when it is first wanted, and if they
 does the work. The idea of aggregation and optimizer in one pass is PHub's (Luo et al., SoCC 2018).
 """
 
+import contextlib
 import ctypes
 import hashlib
 import itertools
@@ -14,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +30,7 @@ _FLAGS = ("-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-fno
 """No contraction: a product and a sum are rounded one after the other but for those that torch fuses, too."""
 _COMPILE_S = 60.0
 _CACHE = Path(".cache") / "pushpull"
+_KEPT_S = 30 * 86400.0
 
 Pass = Callable[[ctypes.Structure], int]
 """Takes a ``struct chunk``; gives 1 if the sum is not finite somewhere, -1 if the tree is too deep, else 0. It runs
@@ -112,6 +115,8 @@ def _library(source: Path) -> ctypes.CDLL:
     key = hashlib.sha256(repr(about).encode())
     kept = Path.home() / _CACHE / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if kept.is_file() and kept.stat().st_uid == os.getuid():
+        with contextlib.suppress(OSError):
+            os.utime(kept)
         return ctypes.CDLL(str(kept))
     try:
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -125,7 +130,16 @@ def _library(source: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(made))
         if made.parent.parent == kept.parent:
             made.replace(kept)  # at once: others may be making it, too
+            _sweep(kept.parent)
     return library
+
+
+def _sweep(folder: Path) -> None:
+    """Take away what nobody has used for a month: libraries of older versions, and what a killed compiler has left."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - _KEPT_S:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _features() -> str:

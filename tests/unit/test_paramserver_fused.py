@@ -1,6 +1,7 @@
 """One pass over memory has the bits of torch's many."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -176,3 +177,18 @@ def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: 
     (tmp_path / ".cache").write_text("a file")
     monkeypatch.setattr(fused.Path, "home", lambda: tmp_path)
     assert fused_sgd() is not None, "it is made in a folder that lasts as long as it takes"
+
+
+@needs_a_compiler
+@pytest.mark.usefixtures("fresh_passes")
+def test_what_nobody_uses_any_more_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused.Path, "home", lambda: tmp_path)
+    cache = tmp_path / ".cache/pushpull"
+    (cache / "tmp-of-a-killed-compiler").mkdir(parents=True)
+    for name in ("fused_sgd-old.so", "fused_sgd-of-last-week.so"):
+        (cache / name).touch()
+    for name in ("tmp-of-a-killed-compiler", "fused_sgd-old.so"):
+        os.utime(cache / name, (0, 0))
+    assert fused_sgd() is not None
+    assert len(list(cache.iterdir())) == 2, "one made now, and one of last week"
+    assert (cache / "fused_sgd-of-last-week.so").exists()
