@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-enum { BLOCK = 64, REGISTERS = 32 };
+enum { BLOCK = 64, REGISTERS = 32, AHEAD = 256, LINE = 16 };
 
 #define ALIGNED __attribute__((aligned(64)))
 
@@ -23,6 +23,15 @@ struct sum {
     float divisor;
     int32_t streaming;            /* whether what is written goes past the caches */
 };
+
+/* Ask for the block that is AHEAD of this one. Processors do so by themselves, but begin anew at each page, and there are
+   many vectors. */
+static inline __attribute__((always_inline)) void ask_for(const float *block)
+{
+    const uintptr_t wanted = (uintptr_t)block + AHEAD * sizeof *block; /* may be behind the end, which is no fault */
+    for (size_t i = 0; i < BLOCK; i += LINE)
+        __builtin_prefetch((const void *)(wanted + i * sizeof *block));
+}
 
 static int too_deep(const struct sum *s)
 {
@@ -38,6 +47,8 @@ static inline __attribute__((always_inline)) void add_up(
     const struct sum *s, size_t lo, size_t n, float registers[REGISTERS][BLOCK], const float **left,
     const float **right)
 {
+    for (int64_t v = 0; v < s->num_pushed; v++)
+        ask_for(s->pushed[v] + lo);
     *left = s->pushed[0] + lo;
     *right = NULL;
     for (int64_t a = 0; a < s->num_additions; a++) {

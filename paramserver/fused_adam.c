@@ -51,6 +51,9 @@ int pushpull_fused_adam(const struct chunk *c)
         const size_t n = length - lo < BLOCK ? length - lo : BLOCK;
         const float *left, *right, *old = c->old + lo;
         add_up(&c->sum, lo, n, registers, &left, &right);
+        ask_for(old);
+        ask_for(c->average_old + lo);
+        ask_for(c->square_old + lo);
         if (right)
             bad |= decays ? REMEMBER(1, 1) : REMEMBER(1, 0);
         else

@@ -79,6 +79,9 @@ int pushpull_fused_sgd(const struct chunk *c)
         const size_t n = length - lo < BLOCK ? length - lo : BLOCK;
         const float *left, *right;
         add_up(&c->sum, lo, n, registers, &left, &right);
+        ask_for(c->old + lo);
+        if (c->momentum_old)
+            ask_for(c->momentum_old + lo);
         if (!usual)
             bad |= move_unusually(c, left, right, lo, n, parameters, direction);
         else if (c->weight_decay != 0.0f)
