@@ -101,10 +101,12 @@ def _in_groups_of_their_own() -> Iterator[None]:
     """Ray's processes: what a terminal or a scheduler sends to the driver's group is for the driver, which ends them.
 
     SIGTERM to all of them would take the servers away from the checkpoint that the driver writes then. There is no
-    public way; Ray itself only blocks SIGINT. They end with the driver, however that ends.
+    public way; Ray itself only blocks SIGINT. Its own processes still end with the driver, however that ends.
     """
-    from ray._private import services
-
+    try:
+        from ray._private import services
+    except ImportError:
+        services = None
     original = getattr(services, "ConsolePopen", None)
     if original is None:
         yield

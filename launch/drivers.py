@@ -3,7 +3,7 @@
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -72,7 +72,8 @@ def _single(run: Resolved, resume: State | None) -> Iterator[Running]:
     with stop_on_sigterm() as stop:
         worker, backend = build_single_worker(run.task, run.worker, run.optimizer, run.servers, stop, resume)
         processes = [Process(role, 0, os.getpid(), "local") for role in ("driver", "worker")]
-        yield Running(worker.run(), lambda _: backend.state(), processes)
+        with closing(backend):
+            yield Running(worker.run(), lambda _: backend.state(), processes)
 
 
 @contextmanager
@@ -86,7 +87,8 @@ def _ddp(run: Resolved, resume: State | None) -> Iterator[Running]:
     ):
         worker, backend = build_ddp_worker(run.task, config, run.optimizer, run.servers, stop, resume)
         processes = [Process("worker", index, pid, "local") for index, pid in enumerate(backend.gather_pids())]
-        yield Running(worker.run(), lambda _: backend.state(), processes)
+        with closing(backend):
+            yield Running(worker.run(), lambda _: backend.state(), processes)
 
 
 def param_server_session(

@@ -137,7 +137,9 @@ def resolve(config: RunConfig) -> Resolved:
     optimizer = _optimizer(filled, recipe)
     worker = _worker(filled, device, votes=optimizer.needs_vote)
     if filled.early_forward is None:
-        filled = replace(filled, early_forward=worker.early_forward and config.backend == "ps")
+        filled = replace(
+            filled, early_forward=worker.early_forward and config.backend == "ps" and config.transport != "ray"
+        )
     partition, _ = describe_model(build_model(task, worker), optimizer, servers)  # finds patterns that fit no key
     if config.backend == "ps" and config.address is None:
         _check_shared_memory(config, partition, workers, microbatches)

@@ -149,11 +149,7 @@ def _has_the_bits_of_torch(fused: FusedAdam) -> bool:
     total = pushed[0] + pushed[1] + pushed[2]
     for decay, decoupled, step in itertools.product((0.0, 0.1), (True, False), (1.0, 1000.0)):
         wanted = (old.clone(), average.clone(), square.clone())
-        cls = torch.optim.AdamW if decoupled else torch.optim.Adam
-        optimizer = cls([wanted[0]], lr, betas, eps, decay, foreach=False, fused=False)
-        optimizer.state[wanted[0]] = {"step": torch.tensor(step - 1), "exp_avg": wanted[1], "exp_avg_sq": wanted[2]}
-        wanted[0].grad = torch.div(total, divisor)
-        optimizer.step()
+        _step_by_torch(*wanted, torch.div(total, divisor), step, lr, betas, eps, decay, decoupled=decoupled)
         made = (torch.empty(length), torch.empty(length), torch.empty(length))
         finite = fused(
             [vector.data_ptr() for vector in pushed],
@@ -172,3 +168,28 @@ def _has_the_bits_of_torch(fused: FusedAdam) -> bool:
         if not (finite and all(map(torch.equal, made, wanted))):
             return False
     return True
+
+
+def _step_by_torch(
+    values: Tensor,
+    average: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+    step: float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    *,
+    decoupled: bool,
+) -> None:
+    """The operations of torch/optim/adam.py ``_single_tensor_adam``; an optimizer itself would import the compiler."""
+    beta1, beta2 = betas
+    if decay and decoupled:
+        values.mul_(1 - lr * decay)
+    elif decay:
+        gradient = gradient.add(values, alpha=decay)
+    average.lerp_(gradient, 1 - beta1)
+    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    divisor = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    values.addcdiv_(average, divisor, value=-lr / (1 - beta1**step))

@@ -181,7 +181,8 @@ class _Adam:
         self._values = values
         self._config = config
         self._lr_factor = lr_factor
-        self._fused = fused_adam()
+        # From 0.5 on torch rounds the other average another way (ATen's lerp).
+        self._fused = fused_adam() if config.betas[0] > 0.5 else None
         self._states = tuple(
             {"step": count, **vectors} for count, vectors in zip(memory.updates, memory.vectors, strict=True)
         )

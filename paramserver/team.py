@@ -9,7 +9,7 @@ __all__ = ["Team"]
 
 
 class Team:
-    """``size`` threads, of which one is the caller's own; for one caller at a time.
+    """``size`` threads, of which one is the caller's own; for one caller at a time, who is not interrupted in it.
 
     Helpers keep off the core on which the caller runs: a kernel that wakes a thread likes to put it where it was woken
     from, and moves what has just run there away only after half a millisecond, which is all that there is to do.
@@ -55,8 +55,9 @@ class Team:
             for end in self._ends:
                 end.acquire()
             self._work = _nothing
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def _help(self, index: int) -> None:
         while True:
@@ -82,12 +83,13 @@ class Team:
                 self._cores = frozenset()
 
     def close(self) -> None:
-        """End the helpers."""
+        """End the helpers; ``run`` works alone then."""
         self._closed = True
         for start in self._starts:
             start.release()
         for thread in self._threads:
             thread.join()
+        self._threads, self._starts, self._ends = [], [], []
 
 
 def _nothing(_: int) -> None: ...

@@ -40,11 +40,14 @@ def setup_device(config: WorkerConfig) -> torch.device:
 
 
 def update_threads(device: DeviceKind, owners: int) -> int:
-    """Threads that each of ``owners`` of parameters on this machine may update with, where workers use GPUs.
+    """Threads that each of a run's ``owners`` of parameters may update with, where workers use GPUs.
 
     Where workers compute on the cores, one does: the others compute, or wait on a core each.
     """
-    return 1 if device == "cpu" else max(1, min(_MOST_UPDATE_THREADS, (os.cpu_count() or 1) // (2 * owners)))
+    if device == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST_UPDATE_THREADS, cores // (2 * owners)))
 
 
 def _choose_reproducible_kernels() -> None:

@@ -45,6 +45,9 @@ class HostMemory:
         """Begin to bring slices of a ``new_sum`` to ``on_host``; what it returns waits until they are there."""
         return _nothing
 
+    def begin_thread(self) -> None:
+        """To be called first in another thread that waits for what is sent."""
+
     def pull(self, version: int) -> Mapping[str, Tensor]:
         """Make the committed ``version`` the replica's; gives the integer buffers."""
         read = self._client.read(version)
@@ -124,9 +127,13 @@ class PinnedMemory(HostMemory):
         with torch.cuda.stream(self._stream):
             for start, stop in _runs(slices):
                 host[start:stop].copy_(vector[start:stop], non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # servers want the core
             done.record(self._stream)
         return done.synchronize
+
+    def begin_thread(self) -> None:
+        """See ``HostMemory.begin_thread``: it would use the first GPU."""
+        torch.cuda.set_device(self._replica.device)
 
     def pull(self, version: int) -> Mapping[str, Tensor]:
         """See ``HostMemory.pull``."""

@@ -61,7 +61,9 @@ class ParamServerBackend:
         self._sums = GradientSums(replica, run, num_microbatches, self._memory.new_sum, self._key_done)
         self._pushed: set[Node] = set()
         # A GPU's gradients arrive later than backward hands them out, and nobody else would wait for them meanwhile.
-        self._sender = ThreadPoolExecutor(1) if self._ready is not None and self._memory.copies else None
+        self._sender: ThreadPoolExecutor | None = None
+        if self._ready is not None and self._memory.copies:
+            self._sender = ThreadPoolExecutor(1, initializer=self._memory.begin_thread)
         self._sending: list[Future[None]] = []
         self._stats: list[MicrobatchStats] = []
         self._counted = False
@@ -211,7 +213,7 @@ class ParamServerBackend:
     def close(self) -> None:
         """See ``Backend.close``: another backend may be built for the replica then."""
         if self._sender is not None:
-            self._sender.shutdown()
+            self._sender.shutdown(cancel_futures=True)
         self._sums.close()
         if self._early is not None:
             self._early.close()

@@ -140,9 +140,9 @@ class Worker:
         with self._timer.phase("compute"), self._backend.microbatch(index, last=last):
             loss = self._forward(step, index, batch) if begun is None else begun.loss
             self._backend.forwarded(len(batch), partial(_stats, index, loss, batch))
-            if self._poisoned:
-                self._poisoned, loss = False, loss._replace(total=loss.total * float("nan"))
-            self._backward(loss, lambda: self._seeded("backward", step, index))
+            spoilt, self._poisoned = self._poisoned, False
+            wanted = loss._replace(total=loss.total * float("nan")) if spoilt else loss
+            self._backward(wanted, lambda: self._seeded("backward", step, index))
             # Reading the loss waits for the device, so that its time is booked here and not on the next stage.
             return _stats(index, loss, batch)
 

@@ -99,6 +99,9 @@ def test_any_tree_and_setting_gives_the_bits_of_torch(length: int, cuts: list[in
             {"name": "adam", "weight_decay": 0.01, "betas": (0.8, 0.95), "eps": 1e-6},
             {"name": "adamw", "lr_factors": (("w", 3.0),)},
             {"name": "adamw", "weight_decay": 0.01},
+            {"name": "adam", "betas": (0.5, 0.999)},
+            {"name": "adam", "betas": (0.51, 0.5)},
+            {"name": "adamw", "betas": (0.0, 0.9)},
         ]
     ),
 )

@@ -57,3 +57,7 @@ def test_closing_ends_the_threads() -> None:
     assert threading.active_count() == before + 2
     team.close()
     assert threading.active_count() == before
+    team.close()
+    alone: list[int] = []
+    team.run(alone.append)
+    assert alone == [0]
