@@ -122,11 +122,11 @@ class ParamServerBackend:
     def forwarded(self, samples: int, stats: Callable[[], MicrobatchStats]) -> None:
         """See ``Backend.forwarded``: from here on backward may push what it makes whole, with the node's rows."""
         self._sums.put_buffers(samples)
-        completes = self._ready is not None and self._node is not None
-        if completes or not self._memory.copies:
+        ready = None if self._node is None else self._ready
+        if ready is not None or not self._memory.copies:
             self._count(stats())
-        if completes and self._ready is not None:
-            self._ready.begin()
+        if ready is not None:
+            ready.begin()
 
     def _count(self, stats: MicrobatchStats) -> None:
         if stats.samples:

@@ -55,7 +55,6 @@ class InProcessServers:
         if decision is not None:
             server.decide(decision)
         left = iter(server.ready_parts())  # next() on it is atomic: each part goes to one thread
-
         scratches = self._scratches[self.servers.index(server)]
 
         def work(thread: int) -> None:

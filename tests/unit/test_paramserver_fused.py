@@ -82,11 +82,15 @@ def _runs(cuts: list[int]) -> list[range]:
 )
 @settings(max_examples=60, deadline=None)
 def test_any_tree_and_setting_gives_the_bits_of_torch(length: int, cuts: list[int], options: dict[str, Any]) -> None:
-    fused = _train(length, _runs(cuts), 3, options)
+    _assert_the_bits_of_torch("fused_sgd", length, cuts, options)
+
+
+def _assert_the_bits_of_torch(name: str, length: int, cuts: list[int], options: dict[str, Any]) -> None:
+    in_one_pass = _train(length, _runs(cuts), 3, options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer, "fused_sgd", lambda: None)
+        patch.setattr(optimizer, name, lambda: None)
         plain = _train(length, _runs(cuts), 3, options)
-    assert bits_equal(fused, plain)
+    assert bits_equal(in_one_pass, plain)
 
 
 @needs_the_adam_of_torch
@@ -107,11 +111,7 @@ def test_any_tree_and_setting_gives_the_bits_of_torch(length: int, cuts: list[in
 )
 @settings(max_examples=40, deadline=None)
 def test_the_same_holds_for_adam(length: int, cuts: list[int], options: dict[str, Any]) -> None:
-    fused = _train(length, _runs(cuts), 3, options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer, "fused_adam", lambda: None)
-        plain = _train(length, _runs(cuts), 3, options)
-    assert bits_equal(fused, plain)
+    _assert_the_bits_of_torch("fused_adam", length, cuts, options)
 
 
 @needs_a_compiler
