@@ -1,7 +1,8 @@
 """Transport between a worker actor and server actors: Ray calls, tensors as zero-copy NumPy arrays in its store."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import ray
@@ -163,6 +164,10 @@ class RayTransport:
         size = sum(array.nbytes for array in wire.slices.values())
         self._make_room(server, size)
         self._send(server, _Sent(wire, size, time.monotonic()))
+
+    def prepare(self, server: int, push: Push) -> Callable[[], None]:
+        """See ``Transport.prepare``."""
+        return partial(self.push, server, push)
 
     def _send(self, server: int, sent: "_Sent") -> None:
         self._pushes[server][self._servers[server].push.remote(sent.wire)] = sent

@@ -78,7 +78,10 @@ class ServerActor:
         prepare_process()
         self._verify_every = verify_every
         torch.set_num_threads(1)  # slices go to several threads, one operation does not
-        (fused_sgd if optimizer.name == "sgd" else fused_adam)()  # now: one that stands by must not take long later
+        # Now: one that stands by must not take long later.
+        fused_sgd()
+        if optimizer.name != "sgd":
+            fused_adam()
         self._index = -1
         self._partition = partition
         self._about = (optimizer, num_microbatches, state)

@@ -1,7 +1,8 @@
 """Push and pull for one worker over all servers."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,12 +67,26 @@ class Client:
 
         With ``only`` just these slices, and the others by further calls; each server hears of every call.
         """
+        self.prepare(step, node, flat, stats, integers, only)()
+
+    def prepare(
+        self,
+        step: int,
+        node: Node,
+        flat: Tensor,
+        stats: tuple[MicrobatchStats, ...],
+        integers: Mapping[str, Tensor],
+        only: Sequence[Slice] | None = None,
+    ) -> Callable[[], None]:
+        """As ``push``, which calling the result does: ``flat`` may be written until then."""
+        sends = []
         for server, pieces in enumerate(self.partition.by_server):
             chosen = pieces if only is None else [piece for piece in only if piece.server == server]
             slices = FlatSlices(flat, chosen)
             held = integers if server == 0 else {}
             push = Push(self._run, step, self._generation, self.worker, node, slices, stats, held)
-            self._transport.push(server, push)
+            sends.append(self._transport.prepare(server, push))
+        return sends[0] if len(sends) == 1 else partial(_call_all, sends)
 
     def wait(self, version: int) -> Commit:
         """Wait until every server has committed ``version``; busy times are added up over the servers."""
@@ -80,6 +95,8 @@ class Client:
             self._transport.wait(server, version, max(0.0, deadline - time.monotonic()))
             for server in range(self._transport.num_servers)
         ]
+        if len(commits) == 1:
+            return commits[0]
         stages = commits[0].server_ms
         busy = {stage: sum(commit.server_ms.get(stage, 0.0) for commit in commits) for stage in stages}
         return commits[0]._replace(
@@ -143,3 +160,8 @@ class Client:
     def close(self) -> None:
         """Give the transport's resources back."""
         self._transport.close()
+
+
+def _call_all(functions: Sequence[Callable[[], None]]) -> None:
+    for function in functions:
+        function()

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-enum { BLOCK = 64, REGISTERS = 32, AHEAD = 256, LINE = 16 };
+enum { BLOCK = 64, AHEAD = 256, LINE = 16 }; /* and REGISTERS, with which this is compiled */
 
 #define ALIGNED __attribute__((aligned(64)))
 
@@ -31,14 +31,6 @@ static inline __attribute__((always_inline)) void ask_for(const float *block)
     const uintptr_t wanted = (uintptr_t)block + AHEAD * sizeof *block; /* may be behind the end, which is no fault */
     for (size_t i = 0; i < BLOCK; i += LINE)
         __builtin_prefetch((const void *)(wanted + i * sizeof *block));
-}
-
-static int too_deep(const struct sum *s)
-{
-    for (int64_t a = 0; a < s->num_additions; a++)
-        if (s->additions[3 * a + 2] - s->num_pushed >= REGISTERS)
-            return 1;
-    return 0;
 }
 
 /* Elements lo to lo + n of the sum are left[i] + right[i], or left[i] if right is NULL: the last addition is left to

@@ -22,23 +22,68 @@ from pathlib import Path
 
 from paramserver.reduction import Addition
 
-__all__ = ["Pass", "PassUnavailable", "Sum", "load_pass", "sum_of"]
+__all__ = ["Pass", "PassUnavailable", "Sum", "Work", "load_pass", "sum_of"]
 
 _FOLDER = Path(__file__).parent
-_HEADER = _FOLDER / "fused.h"
-_FLAGS = ("-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+_HEADERS = (_FOLDER / "fused.h", _FOLDER / "fused_work.h")
+_REGISTERS = 32
+"""For sums inside the tree: as many as it is deep."""
+_FLAGS = (
+    f"-DREGISTERS={_REGISTERS}",
+    "-O2",
+    "-ftree-vectorize",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-shared",
+    "-fPIC",
+)
 """No contraction: a product and a sum are rounded one after the other but for those that torch fuses, too."""
 _COMPILE_S = 60.0
 _CACHE = Path(".cache") / "pushpull"
 _KEPT_S = 30 * 86400.0
 
-Pass = Callable[[ctypes.Structure], int]
-"""Takes a ``struct chunk``; gives 1 if the sum is not finite somewhere, -1 if the tree is too deep, else 0. It runs
-without the interpreter's lock."""
+Pass = Callable[["_Work"], None]
+"""``pushpull_work`` of a pass; it runs without the interpreter's lock."""
 
 
 class PassUnavailable(Exception):
     """There is no compiler, or it does not compile."""
+
+
+class _Work(ctypes.Structure):
+    """``struct work`` of fused_work.h."""
+
+    _fields_ = (
+        ("chunks", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("next", ctypes.c_int64),
+        ("found", ctypes.c_int64),
+    )
+
+
+class Work:
+    """Chunks for a pass, done once they were called for by any number of threads: each call takes a share and returns.
+
+    Args:
+        function: the pass.
+        chunks: a ``struct chunk`` of its kind each; not to be changed meanwhile.
+    """
+
+    def __init__(self, function: Pass, chunks: Sequence[ctypes.Structure]) -> None:
+        addresses = (ctypes.c_void_p * len(chunks))(*map(ctypes.addressof, chunks))
+        self._kept = chunks, addresses  # the structure has their addresses alone
+        self._work = _Work(ctypes.addressof(addresses), len(chunks), 0, 0)
+        self._function = function
+
+    def __call__(self) -> None:
+        """Take a share, until nothing is left to take; others may still be busy with theirs then."""
+        self._function(self._work)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite everywhere; once every call has returned."""
+        return not self._work.found
 
 
 class Sum(ctypes.Structure):
@@ -67,6 +112,8 @@ def sum_of(
         divisor: of the sum, exact in fp32.
         streaming: whether what is written goes past the caches: for what the next one to read is far away.
     """
+    depth = max((addition.target for addition in additions), default=0) - len(pushed)
+    assert depth < _REGISTERS, "the tree is deeper than a pass has registers"
     addresses = (ctypes.c_void_p * len(pushed))(*pushed)
     plan = _as_array(additions)
     made = Sum(
@@ -82,22 +129,21 @@ def _as_array(additions: tuple[Addition, ...]) -> "ctypes.Array[ctypes.c_int32]"
     return (ctypes.c_int32 * max(1, len(flat)))(*flat)
 
 
-def load_pass(name: str, chunk: type[ctypes.Structure], folder: Path = _FOLDER) -> Pass:
-    """The function ``pushpull_NAME`` of ``NAME.c``.
+def load_pass(name: str, folder: Path = _FOLDER) -> Pass:
+    """The pass of ``NAME.c``.
 
     Args:
         name: of the pass.
-        chunk: the type of what it takes.
         folder: where the source lies.
 
     Raises:
         PassUnavailable: if it cannot be compiled here.
     """
     try:
-        function = getattr(_library(folder / f"{name}.c"), f"pushpull_{name}")
+        function = _library(folder / f"{name}.c").pushpull_work
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody's home
         raise PassUnavailable(str(error)) from error
-    function.argtypes, function.restype = [ctypes.POINTER(chunk)], ctypes.c_int
+    function.argtypes, function.restype = [ctypes.POINTER(_Work)], None
     found: Pass = function
     return found
 
@@ -111,7 +157,14 @@ def _library(source: Path) -> ctypes.CDLL:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler")
-    about = (source.read_text(), _HEADER.read_text(), _FLAGS, compiler, platform.machine(), _features())
+    about = (
+        source.read_text(),
+        *(header.read_text() for header in _HEADERS),
+        _FLAGS,
+        compiler,
+        platform.machine(),
+        _features(),
+    )
     key = hashlib.sha256(repr(about).encode())
     kept = Path.home() / _CACHE / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if kept.is_file() and kept.stat().st_uid == os.getuid():

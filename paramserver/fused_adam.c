@@ -38,17 +38,14 @@ static inline __attribute__((always_inline)) uint32_t remember(
 
 #define REMEMBER(adds, decays) remember(c, left, right, lo, n, average, square, adds, decays)
 
-/* Gives 1 if the sum is not finite somewhere, -1 if there are more registers than fused.h has, else 0. */
-int pushpull_fused_adam(const struct chunk *c)
+static uint32_t pass(const struct chunk *c, size_t from, size_t to)
 {
     float registers[REGISTERS][BLOCK] ALIGNED;
     float parameters[BLOCK] ALIGNED, average[BLOCK] ALIGNED, square[BLOCK] ALIGNED, root[BLOCK] ALIGNED;
     const int streaming = c->sum.streaming, decays = c->weight_decay != 0.0f;
     uint32_t bad = 0;
-    if (too_deep(&c->sum))
-        return -1;
-    for (size_t lo = 0, length = (size_t)c->sum.length; lo < length; lo += BLOCK) {
-        const size_t n = length - lo < BLOCK ? length - lo : BLOCK;
+    for (size_t lo = from; lo < to; lo += BLOCK) {
+        const size_t n = to - lo < BLOCK ? to - lo : BLOCK;
         const float *left, *right, *old = c->old + lo;
         add_up(&c->sum, lo, n, registers, &left, &right);
         ask_for(old);
@@ -73,5 +70,7 @@ int pushpull_fused_adam(const struct chunk *c)
         put(c->square_new + lo, square, n, streaming);
     }
     settle(streaming);
-    return bad != 0;
+    return bad;
 }
+
+#include "fused_work.h"

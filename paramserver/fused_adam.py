@@ -10,21 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from paramserver.fused import Pass, PassUnavailable, Sum, load_pass, sum_of
+from paramserver.fused import Pass, PassUnavailable, Sum, Work, load_pass, sum_of
 from paramserver.reduction import Addition, Node, plan_additions
 
-__all__ = ["FusedAdam", "fused_adam"]
+__all__ = ["AdamChunk", "FusedAdam", "fused_adam"]
 
 _VML_MODE = 0x2 | 0x140000 | 0x100
 """High accuracy, numbers near zero kept, no error is looked for: what ATen asks of MKL."""
 
 
-class _Chunk(ctypes.Structure):
-    """``struct chunk`` of fused_adam.c."""
+class AdamChunk(ctypes.Structure):
+    """``struct chunk`` of fused_adam.c; see ``FusedAdam.chunk``."""
 
     _fields_ = (
         ("sum", Sum),
@@ -45,6 +46,16 @@ class _Chunk(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("step", ctypes.c_float),
     )
+    rates: tuple[tuple[float, float], float]
+    """Betas, and AdamW's weight decay."""
+
+    def use_again(self, divisor: float, step: float, lr: float) -> None:
+        """The same memory in another step."""
+        (beta1, beta2), decay = self.rates
+        self.sum.divisor = divisor
+        self.keep = 1 - lr * decay
+        self.correction = (1 - beta2**step) ** 0.5
+        self.step = -lr / (1 - beta1**step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +66,13 @@ class FusedAdam:
     root: int | None
     """Address of torch's square root; None: the processor's."""
 
-    def __call__(
+    def __call__(self, *memory: Any, **settings: Any) -> bool:
+        """Do what ``chunk`` describes; False if the sum is not finite somewhere."""
+        work = Work(self.function, [self.chunk(*memory, **settings)])
+        work()
+        return work.finite
+
+    def chunk(
         self,
         pushed: Sequence[int],
         additions: tuple[Addition, ...],
@@ -71,8 +88,8 @@ class FusedAdam:
         weight_decay: float,
         decoupled: bool,
         streaming: bool = True,
-    ) -> bool:
-        """Write the next version of parameters and averages; False if the sum is not finite somewhere.
+    ) -> AdamChunk:
+        """What writes the next version of parameters and averages; they must outlive it.
 
         Args:
             pushed: addresses of the contributions, (n,) fp32 each.
@@ -91,36 +108,33 @@ class FusedAdam:
         """
         beta1, beta2 = betas
         total = sum_of(parameters[0].numel(), pushed, additions, divisor, streaming=streaming)
-        found = self.function(
-            _Chunk(
-                total,
-                parameters[0].data_ptr(),
-                parameters[1].data_ptr(),
-                averages[0].data_ptr(),
-                squares[0].data_ptr(),
-                averages[1].data_ptr(),
-                squares[1].data_ptr(),
-                self.root,
-                _VML_MODE,
-                0.0 if decoupled else weight_decay,
-                1 - lr * weight_decay if decoupled else 1.0,
-                1 - beta1,
-                beta2,
-                1 - beta2,
-                (1 - beta2**step) ** 0.5,
-                eps,
-                -lr / (1 - beta1**step),
-            )
+        made = AdamChunk(
+            sum=total,
+            old=parameters[0].data_ptr(),
+            new=parameters[1].data_ptr(),
+            average_old=averages[0].data_ptr(),
+            square_old=squares[0].data_ptr(),
+            average_new=averages[1].data_ptr(),
+            square_new=squares[1].data_ptr(),
+            root=self.root,
+            mode=_VML_MODE,
+            weight_decay=0.0 if decoupled else weight_decay,
+            average_weight=1 - beta1,
+            square_keep=beta2,
+            square_weight=1 - beta2,
+            eps=eps,
         )
-        assert found >= 0, "the tree is deeper than the pass has registers"
-        return not found
+        made.kept = total  # the copy of it in the structure has addresses alone
+        made.rates = (betas, weight_decay if decoupled else 0.0)
+        made.use_again(divisor, step, lr)
+        return made
 
 
 @lru_cache(maxsize=1)
 def fused_adam() -> FusedAdam | None:
     """The pass of this process's machine, or None if there is no compiler or its bits are not torch's."""
     try:
-        function = load_pass("fused_adam", _Chunk)
+        function = load_pass("fused_adam")
     except PassUnavailable:
         return None
     for root in (_root_of_mkl(), None):

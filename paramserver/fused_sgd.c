@@ -66,17 +66,14 @@ static uint32_t move_unusually(
 
 #define MOVE(adds, decays) move(c, left, right, lo, n, parameters, direction, adds, decays)
 
-/* Gives 1 if the sum is not finite somewhere, -1 if there are more registers than fused.h has, else 0. */
-int pushpull_fused_sgd(const struct chunk *c)
+static uint32_t pass(const struct chunk *c, size_t from, size_t to)
 {
     float registers[REGISTERS][BLOCK] ALIGNED;
     float parameters[BLOCK] ALIGNED, direction[BLOCK] ALIGNED;
     const int usual = c->momentum_old && c->momentum_new && !c->nesterov, streaming = c->sum.streaming;
     uint32_t bad = 0;
-    if (too_deep(&c->sum))
-        return -1;
-    for (size_t lo = 0, length = (size_t)c->sum.length; lo < length; lo += BLOCK) {
-        const size_t n = length - lo < BLOCK ? length - lo : BLOCK;
+    for (size_t lo = from; lo < to; lo += BLOCK) {
+        const size_t n = to - lo < BLOCK ? to - lo : BLOCK;
         const float *left, *right;
         add_up(&c->sum, lo, n, registers, &left, &right);
         ask_for(c->old + lo);
@@ -93,5 +90,7 @@ int pushpull_fused_sgd(const struct chunk *c)
             put(c->momentum_new + lo, direction, n, streaming);
     }
     settle(streaming);
-    return bad != 0;
+    return bad;
 }
+
+#include "fused_work.h"

@@ -8,18 +8,19 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from paramserver.fused import Pass, PassUnavailable, Sum, load_pass, sum_of
+from paramserver.fused import Pass, PassUnavailable, Sum, Work, load_pass, sum_of
 from paramserver.reduction import Addition, Node, plan_additions
 
-__all__ = ["FusedSgd", "fused_sgd"]
+__all__ = ["FusedSgd", "SgdChunk", "fused_sgd"]
 
 
-class _Chunk(ctypes.Structure):
-    """``struct chunk`` of fused_sgd.c."""
+class SgdChunk(ctypes.Structure):
+    """``struct chunk`` of fused_sgd.c; see ``FusedSgd.chunk``."""
 
     _fields_ = (
         ("sum", Sum),
@@ -33,6 +34,11 @@ class _Chunk(ctypes.Structure):
         ("nesterov", ctypes.c_int32),
     )
 
+    def use_again(self, divisor: float, lr: float) -> None:
+        """The same memory in another step."""
+        self.sum.divisor = divisor
+        self.step = -lr
+
 
 @dataclass(frozen=True, kw_only=True)
 class FusedSgd:
@@ -40,7 +46,13 @@ class FusedSgd:
 
     function: Pass
 
-    def __call__(
+    def __call__(self, *memory: Any, **settings: Any) -> bool:
+        """Do what ``chunk`` describes; False if the sum is not finite somewhere."""
+        work = Work(self.function, [self.chunk(*memory, **settings)])
+        work()
+        return work.finite
+
+    def chunk(
         self,
         pushed: Sequence[int],
         additions: tuple[Addition, ...],
@@ -53,8 +65,8 @@ class FusedSgd:
         momentum: float,
         nesterov: bool,
         streaming: bool = True,
-    ) -> bool:
-        """Write the next version of parameters and momentum; False if the sum is not finite somewhere.
+    ) -> SgdChunk:
+        """What writes the next version of parameters and momentum; they must outlive it.
 
         Args:
             pushed: addresses of the contributions, (n,) fp32 each.
@@ -71,28 +83,18 @@ class FusedSgd:
         old, new = parameters
         old_momentum, new_momentum = (None if m is None else m.data_ptr() for m in momenta)
         total = sum_of(old.numel(), pushed, additions, divisor, streaming=streaming)
-        found = self.function(
-            _Chunk(
-                total,
-                old.data_ptr(),
-                new.data_ptr(),
-                old_momentum,
-                new_momentum,
-                weight_decay,
-                momentum,
-                -lr,
-                nesterov,
-            )
+        made = SgdChunk(
+            total, old.data_ptr(), new.data_ptr(), old_momentum, new_momentum, weight_decay, momentum, -lr, nesterov
         )
-        assert found >= 0, "the tree is deeper than the pass has registers"
-        return not found
+        made.kept = total  # the copy of it in the structure has addresses alone
+        return made
 
 
 @lru_cache(maxsize=1)
 def fused_sgd() -> FusedSgd | None:
     """The pass of this process's machine, or None if there is no compiler or its bits are not torch's."""
     try:
-        fused = FusedSgd(function=load_pass("fused_sgd", _Chunk))
+        fused = FusedSgd(function=load_pass("fused_sgd"))
     except PassUnavailable:
         return None
     return fused if _has_the_bits_of_torch(fused) else None

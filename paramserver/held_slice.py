@@ -1,17 +1,19 @@
 """One slice as its server holds it: contributions to the open step, two versions of values and optimizer state."""
 
+import ctypes
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from paramserver.config import OptimizerConfig
 from paramserver.errors import NonFiniteGradient
-from paramserver.optimizer import build_slice_optimizer
+from paramserver.fused import Pass, Work
+from paramserver.optimizer import BufferMean, InOnePass, build_slice_optimizer
 from paramserver.partition import BUFFERS, ELEMENT_BYTES, Key, Slice
-from paramserver.reduction import TreeSum
+from paramserver.reduction import Addition, Node, TreeSum
 from paramserver.scratch import Scratch
 from paramserver.server_memory import CHUNK, ServerMemory
 from paramserver.state import SliceSnapshot
@@ -39,6 +41,7 @@ class HeldSlice:
         contributions: TreeSum[Tensor],
     ) -> None:
         self.piece = piece
+        self._is_buffers = piece.group == BUFFERS
         first, second = memory.vectors
         self.values = values = (first[piece.start : piece.stop], second[piece.start : piece.stop])
         """The two (n,) fp32 vectors; version ``v`` lies in ``values[v % 2]``."""
@@ -50,10 +53,14 @@ class HeldSlice:
             build_slice_optimizer(pair, chunk, config, factor)
             for pair, chunk in zip(zip(*self._chunks, strict=True), memory.chunks(piece), strict=False)
         ]
+        self._buffers = [BufferMean(pair) for pair in zip(*self._chunks, strict=True)] if self._is_buffers else []
+        self._in_one_pass: Sequence[InOnePass] = self._buffers or self._optimizers
         self.parts = range(len(self._ranges))
         """Chunks, which may be updated by different threads."""
         self._done: set[int] = set()
         self._sum = contributions
+        self._planned: tuple[Mapping[Node, Tensor], tuple[int, ...], tuple[Addition, ...]] = ({}, (), ())
+        """Of which contributions addresses and additions were found last: workers push from the same few vectors."""
         self._mean: Tensor | None = None
 
     def load(self, version: int, values: Tensor, state: Mapping[str, Tensor]) -> None:
@@ -106,16 +113,15 @@ class HeldSlice:
         Raises:
             NonFiniteGradient: naming the key, where there was no vote.
         """
-        if (
-            self._mean is None
-            and self.piece.group != BUFFERS
-            and self._update_in_one_pass(part, version, divisor, lr, scratch)
-        ):
-            self._done.add(part)
-            return
-        old, new = self._chunks[version % 2], self._chunks[(version + 1) % 2]
-        lo, hi = self._ranges[part]
         begin = time.perf_counter()
+        if (found := self.in_one_pass(part, version, float(divisor), lr)) is not None:
+            function, chunk = found
+            work = Work(function, [chunk])
+            work()
+            self.end_pass(part, version, scratch, finite=work.finite)
+            scratch.busy["update"] += time.perf_counter() - begin
+            return
+        lo, hi = self._ranges[part]
         total = scratch.sum(self._sum, lo, hi) if self._mean is None else None
         summed = time.perf_counter()
         if total is None:
@@ -124,8 +130,8 @@ class HeldSlice:
             if scale is not None and scale != 1.0:
                 mean.mul_(scale)
             self._optimizers[part].step(version, mean, lr)
-        elif self.piece.group == BUFFERS:
-            torch.add(old[part], torch.div(total, divisor, out=scratch.take(0, hi - lo)), out=new[part])
+        elif self._is_buffers:
+            self._buffers[part].step_sum(version, total, divisor, scratch.take(0, hi - lo))
         else:
             self._refuse_non_finite(total, lo, hi, version + 1)
             self._optimizers[part].step_sum(version, total, divisor, lr, scratch.take(0, hi - lo))
@@ -133,25 +139,48 @@ class HeldSlice:
         scratch.busy["update"] += time.perf_counter() - summed
         self._done.add(part)
 
-    def _update_in_one_pass(self, part: int, version: int, divisor: Tensor, lr: float, scratch: Scratch) -> bool:
-        """``update`` with sum and optimizer at once, all of it booked as ``update``; False if there is no such pass."""
-        begin = time.perf_counter()
-        lo, hi = self._ranges[part]
-        vectors, additions = self._sum.plan()
-        if not all(vector.is_contiguous() for vector in vectors):
-            return False
-        pushed = [vector.data_ptr() + ELEMENT_BYTES * lo for vector in vectors]
-        finite = self._optimizers[part].step_tree(version, pushed, additions, float(divisor), lr)
-        if finite is None:
-            return False
-        if not finite:
+    def in_one_pass(self, part: int, version: int, divisor: float, lr: float) -> tuple[Pass, ctypes.Structure] | None:
+        """A pass and its chunk, for ``Work``: they do as ``update``, sum and optimizer at once; ``end_pass`` follows.
+
+        None if there is no such pass.
+        """
+        writer = self._in_one_pass[part]
+        if self._mean is not None or writer.one_pass is None:
+            return None
+        known, pushed, additions = self._planned
+        if not self._sum.holds(known):
+            known = self._sum.contributions
+            vectors, additions = self._sum.plan()
+            # Without addresses there is no pass for them.
+            contiguous = all(vector.is_contiguous() for vector in vectors)
+            pushed = tuple(vector.data_ptr() for vector in vectors) if contiguous else ()
+            self._planned = known, pushed, additions
+        if not pushed:
+            return None
+        if part:
+            pushed = tuple(address + ELEMENT_BYTES * self._ranges[part][0] for address in pushed)
+        return writer.one_pass, writer.in_one_pass(version, pushed, additions, divisor, lr)
+
+    def end_pass(self, part: int, version: int, scratch: Scratch, *, finite: bool) -> None:
+        """What ``in_one_pass`` gave is done.
+
+        Args:
+            part: of which it was.
+            version: the committed one.
+            scratch: of the calling thread.
+            finite: whether the sum was finite everywhere.
+
+        Raises:
+            NonFiniteGradient: naming the key, if it was not.
+        """
+        if not finite and not self._is_buffers:
+            lo, hi = self._ranges[part]
             self._refuse_non_finite(scratch.sum(self._sum, lo, hi), lo, hi, version + 1)
-        scratch.busy["update"] += time.perf_counter() - begin
-        return True
+        self._done.add(part)
 
     def skip(self, version: int) -> None:
         """Write version ``version + 1`` as a copy of ``version``."""
-        if self.piece.group == BUFFERS:
+        if self._is_buffers:
             self.values[(version + 1) % 2].copy_(self.values[version % 2])
         for optimizer in self._optimizers:
             optimizer.skip(version)

@@ -7,18 +7,19 @@ is whole; what comes back is written once, for all workers of the node.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, Hello, Push
+from paramserver.messages import Commit, Hello, Push, pack_commit
 from paramserver.open_step import OpenStep
 from paramserver.partition import Partition, Slice
 from paramserver.reduction import Node, TreeSum, maximal_nodes
 from paramserver.scratch import Scratch
 from paramserver.server_memory import CHUNK
+from paramserver.team import Team
 
 __all__ = ["NodeSum"]
 
@@ -142,6 +143,12 @@ class NodeSum:
             self._send({node: {index: self._whole(index, node)} for node in self._nodes})
         return False
 
+    def update_together(
+        self, parts: Sequence[tuple[int, int]], team: Team, scratches: Sequence[Scratch]
+    ) -> list[tuple[int, int]]:
+        """See ``Server.update_together``: here each slice goes on as soon as it is summed."""
+        return list(parts)
+
     def _whole(self, index: int, node: Node) -> Tensor:
         vectors, additions = self._sums[index].plan(node)
         return self._results[index][node] if additions else vectors[0]
@@ -204,6 +211,12 @@ class NodeSum:
         busy_ms = {name: value + here[name] for name, value in commit.server_ms.items()}
         self.last = commit._replace(server_ms=busy_ms, stop=stop or commit.stop, leave=leave or commit.leave)
         return self.last
+
+    @property
+    def record(self) -> bytes:
+        """See ``Server.record``."""
+        assert self.last is not None
+        return pack_commit(self.last, self._integers[self.version])
 
     def readable(self, version: int) -> bool:
         """Whether ``version`` stands here: the committed one, and one that came before anything was pushed here."""

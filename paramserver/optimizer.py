@@ -1,21 +1,46 @@
 """One slice's optimizer, double-buffered: reads version ``t``, writes version ``t + 1``, never touches ``t``."""
 
-from collections.abc import Mapping, Sequence
+import ctypes
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from paramserver.config import OptimizerConfig
-from paramserver.fused_adam import fused_adam
-from paramserver.fused_sgd import fused_sgd
+from paramserver.fused import Pass
+from paramserver.fused_adam import AdamChunk, fused_adam
+from paramserver.fused_sgd import SgdChunk, fused_sgd
 from paramserver.reduction import Addition
 from paramserver.server_memory import ChunkMemory
 
-__all__ = ["SliceOptimizer", "build_slice_optimizer"]
+__all__ = ["BufferMean", "InOnePass", "SliceOptimizer", "build_slice_optimizer"]
 
 
-class SliceOptimizer(Protocol):
+class InOnePass(Protocol):
+    """What can read contributions and write a version in one pass."""
+
+    @property
+    def one_pass(self) -> Pass | None:
+        """Does what ``in_one_pass`` describes; None if there is no such pass."""
+
+    def in_one_pass(
+        self, version: int, pushed: tuple[int, ...], additions: tuple[Addition, ...], divisor: float, lr: float
+    ) -> ctypes.Structure:
+        """A chunk that does as ``step_sum`` with the sum of contributions, to the bit; valid until the next one.
+
+        If the sum turns out not to be finite everywhere, what was written counts for nothing.
+
+        Args:
+            version: the committed one, which is read.
+            pushed: addresses of the contributions, (n,) fp32 each.
+            additions: that make their sum.
+            divisor: of the sum.
+            lr: learning rate, before this slice's factor.
+        """
+
+
+class SliceOptimizer(InOnePass, Protocol):
     """An element-wise optimizer of one slice with two versions of the parameters and of its state."""
 
     def step(self, version: int, gradient: Tensor, lr: float) -> None:
@@ -25,22 +50,6 @@ class SliceOptimizer(Protocol):
         """As ``step`` with ``total / divisor``, to the bit.
 
         ``total`` (n,) is only read, unless it is ``quotient`` itself: (n,) memory that may be written.
-        """
-
-    def step_tree(
-        self, version: int, pushed: Sequence[int], additions: tuple[Addition, ...], divisor: float, lr: float
-    ) -> bool | None:
-        """As ``step_sum`` with the sum of contributions, to the bit, in one pass; None if there is no such pass.
-
-        Args:
-            version: the committed one, which is read.
-            pushed: addresses of the contributions, (n,) fp32 each.
-            additions: that make their sum.
-            divisor: of the sum.
-            lr: learning rate, before this slice's factor.
-
-        Returns:
-            whether the sum is finite everywhere; if not, what was written counts for nothing.
         """
 
     def skip(self, version: int) -> None:
@@ -68,6 +77,49 @@ def build_slice_optimizer(
     return cls(values, memory, config, lr_factor)
 
 
+class BufferMean:
+    """Buffers of one slice: the mean of what microbatches changed is added, which is SGD with a learning rate of -1.
+
+    Args:
+        values: the two (n,) fp32 vectors of the slice; version ``v`` lies in ``values[v % 2]``.
+    """
+
+    def __init__(self, values: tuple[Tensor, Tensor]) -> None:
+        self._values = values
+        self._fused = fused_sgd()
+        self.one_pass: Pass | None = self._fused.function if self._fused else None
+        self._chunks: dict[int, tuple[object, SgdChunk]] = {}
+        """See ``_Sgd``."""
+
+    def step_sum(self, version: int, total: Tensor, divisor: Tensor, quotient: Tensor) -> None:
+        """Write version ``version + 1``; see ``SliceOptimizer.step_sum``."""
+        torch.add(self._values[version % 2], torch.div(total, divisor, out=quotient), out=self._values[1 - version % 2])
+
+    def in_one_pass(
+        self, version: int, pushed: tuple[int, ...], additions: tuple[Addition, ...], divisor: float, lr: float
+    ) -> ctypes.Structure:
+        """See ``InOnePass.in_one_pass``; what is not finite is written as it is."""
+        source = version % 2
+        made, chunk = self._chunks.get(source, (None, None))
+        if chunk is not None and made == (pushed, additions):
+            chunk.use_again(divisor, -1.0)
+            return chunk
+        assert self._fused is not None
+        chunk = self._fused.chunk(
+            pushed,
+            additions,
+            (self._values[source], self._values[1 - source]),
+            (None, None),
+            divisor=divisor,
+            lr=-1.0,
+            weight_decay=0.0,
+            momentum=0.0,
+            nesterov=False,
+        )
+        self._chunks[source] = ((pushed, additions), chunk)
+        return chunk
+
+
 class _Sgd:
     """``torch.optim.SGD`` to the bit (``foreach=False``), from one version into the other without copying first.
 
@@ -85,6 +137,9 @@ class _Sgd:
         self._updates = memory.updates
         self._has_momentum = [bool(count) for count in memory.updates]
         self._fused = fused_sgd()
+        self.one_pass: Pass | None = self._fused.function if self._fused else None
+        self._chunks: dict[int, tuple[object, SgdChunk]] = {}
+        """By the half that is read: what the last chunk was made of, and itself. Workers push from the same places."""
 
     def step(self, version: int, gradient: Tensor, lr: float) -> None:
         """See ``SliceOptimizer.step``."""
@@ -116,30 +171,35 @@ class _Sgd:
         self._note_momentum(target, known=True)
         self._move(version, direction, lr)
 
-    def step_tree(
-        self, version: int, pushed: Sequence[int], additions: tuple[Addition, ...], divisor: float, lr: float
-    ) -> bool | None:
-        """See ``SliceOptimizer.step_tree``."""
-        if self._fused is None:
-            return None
+    def in_one_pass(
+        self, version: int, pushed: tuple[int, ...], additions: tuple[Addition, ...], divisor: float, lr: float
+    ) -> ctypes.Structure:
+        """See ``InOnePass.in_one_pass``."""
         source, target = version % 2, (version + 1) % 2
-        config, momentum = self._config, self._momentum
-        finite = self._fused(
-            pushed,
-            additions,
-            (self._values[source], self._values[target]),
-            (None, None)
-            if momentum is None
-            else (momentum[source] if self._has_momentum[source] else None, momentum[target]),
-            divisor=divisor,
-            lr=lr * self._lr_factor,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-        )
+        momentum = self._momentum
+        about = (pushed, additions, self._has_momentum[source])
+        made, chunk = self._chunks.get(source, (None, None))
+        if chunk is not None and made == about:
+            chunk.use_again(divisor, lr * self._lr_factor)
+        else:
+            assert self._fused is not None
+            chunk = self._fused.chunk(
+                pushed,
+                additions,
+                (self._values[source], self._values[target]),
+                (None, None)
+                if momentum is None
+                else (momentum[source] if self._has_momentum[source] else None, momentum[target]),
+                divisor=divisor,
+                lr=lr * self._lr_factor,
+                weight_decay=self._config.weight_decay,
+                momentum=self._config.momentum,
+                nesterov=self._config.nesterov,
+            )
+            self._chunks[source] = (about, chunk)
         if momentum is not None:
             self._note_momentum(target, known=True)
-        return finite
+        return chunk
 
     def _move(self, version: int, direction: Tensor, lr: float) -> None:
         old, new = self._values[version % 2], self._values[(version + 1) % 2]
@@ -183,6 +243,9 @@ class _Adam:
         self._lr_factor = lr_factor
         # From 0.5 on torch rounds the other average another way (ATen's lerp).
         self._fused = fused_adam() if config.betas[0] > 0.5 else None
+        self.one_pass: Pass | None = self._fused.function if self._fused else None
+        self._chunks: dict[int, tuple[object, AdamChunk]] = {}
+        """See ``_Sgd``."""
         self._states = tuple(
             {"step": count, **vectors} for count, vectors in zip(memory.updates, memory.vectors, strict=True)
         )
@@ -204,31 +267,35 @@ class _Adam:
         """See ``SliceOptimizer.step_sum``."""
         self.step(version, torch.div(total, divisor, out=quotient), lr)
 
-    def step_tree(
-        self, version: int, pushed: Sequence[int], additions: tuple[Addition, ...], divisor: float, lr: float
-    ) -> bool | None:
-        """See ``SliceOptimizer.step_tree``."""
-        if self._fused is None:
-            return None
+    def in_one_pass(
+        self, version: int, pushed: tuple[int, ...], additions: tuple[Addition, ...], divisor: float, lr: float
+    ) -> ctypes.Structure:
+        """See ``InOnePass.in_one_pass``."""
         source, target = version % 2, (version + 1) % 2
         before, after = self._states[source], self._states[target]
         step = float(before["step"]) + 1
-        finite = self._fused(
-            pushed,
-            additions,
-            (self._values[source], self._values[target]),
-            (before["exp_avg"], after["exp_avg"]),
-            (before["exp_avg_sq"], after["exp_avg_sq"]),
-            divisor=divisor,
-            step=step,
-            lr=lr * self._lr_factor,
-            betas=self._config.betas,
-            eps=self._config.eps,
-            weight_decay=self._config.weight_decay,
-            decoupled=self._config.name == "adamw",
-        )
+        made, chunk = self._chunks.get(source, (None, None))
+        if chunk is not None and made == (pushed, additions):
+            chunk.use_again(divisor, step, lr * self._lr_factor)
+        else:
+            assert self._fused is not None
+            chunk = self._fused.chunk(
+                pushed,
+                additions,
+                (self._values[source], self._values[target]),
+                (before["exp_avg"], after["exp_avg"]),
+                (before["exp_avg_sq"], after["exp_avg_sq"]),
+                divisor=divisor,
+                step=step,
+                lr=lr * self._lr_factor,
+                betas=self._config.betas,
+                eps=self._config.eps,
+                weight_decay=self._config.weight_decay,
+                decoupled=self._config.name == "adamw",
+            )
+            self._chunks[source] = ((pushed, additions), chunk)
         after["step"].fill_(step)
-        return finite
+        return chunk
 
     def skip(self, version: int) -> None:
         """See ``SliceOptimizer.skip``."""

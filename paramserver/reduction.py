@@ -4,7 +4,7 @@ A node over ``[lo, hi)`` splits at the largest power of two below ``hi - lo``. S
 the sum depends neither on the order of arrival nor on the number of workers.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Generic, NamedTuple, TypeVar
 
@@ -130,6 +130,16 @@ class TreeSum(Generic[T]):
             del self._held[other]
         self._held[node] = value
         return True
+
+    @property
+    def contributions(self) -> Mapping[Node, T]:
+        """A copy of what is held."""
+        return dict(self._held)
+
+    def holds(self, contributions: Mapping[Node, T]) -> bool:
+        """Whether these very objects are held, and nothing else."""
+        held = self._held
+        return len(held) == len(contributions) and all(held.get(n) is value for n, value in contributions.items())
 
     @property
     def held(self) -> int:

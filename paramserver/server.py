@@ -6,9 +6,10 @@ update writes stand side by side (E5): updates write version ``t + 1`` and read 
 visible by writing the version number, last.
 """
 
+import ctypes
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,15 +17,17 @@ from torch import Tensor
 from paramserver.checksums import Checksums, checksums_of
 from paramserver.config import OptimizerConfig
 from paramserver.errors import VersionGone
+from paramserver.fused import Pass, Work
 from paramserver.held_slice import HeldSlice, non_finite_gradient
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, Decision, Hello, Push, Report
+from paramserver.messages import Commit, Decision, Hello, Push, Report, pack_commit
 from paramserver.open_step import OpenStep
 from paramserver.partition import BUFFERS, Partition
 from paramserver.reduction import TreeSum
 from paramserver.scratch import Scratch
 from paramserver.server_memory import CHUNK, ServerMemory
 from paramserver.state import ServerSnapshot, State, slice_optimizer_state
+from paramserver.team import Team
 
 __all__ = ["Server"]
 
@@ -87,16 +90,18 @@ class Server:
             for piece in pieces:
                 self._slices[piece.index].load(snapshot.version, *snapshot.slices[piece.index])
             kept = IntegerBlock.pack(snapshot.integers)
-            self.memory.commit(commit or Commit(snapshot.version, (), 0.0), kept)
+            self.memory.commit(snapshot.version, pack_commit(commit or Commit(snapshot.version, (), 0.0), kept))
         elif not self.memory.filled:
             initial = partition.flatten(state.values)
             for piece in pieces:
                 optimizer = slice_optimizer_state(partition, piece.index, state)
                 self._slices[piece.index].load(state.version, initial[piece.start : piece.stop], optimizer)
-            self.memory.commit(Commit(state.version, (), 0.0), integers)
+            self.memory.commit(state.version, pack_commit(Commit(state.version, (), 0.0), integers))
         self.version = self.memory.version
         self._integers: dict[int, IntegerBlock] = {}
         self._last: Commit | None = None
+        self.record = b""
+        """The last commit of this object and the integer buffers of its version; see ``pack_commit``."""
         for version in (self.version - 1, self.version):
             if record := self.memory.record(version):
                 self._last, self._integers[version] = record
@@ -234,6 +239,51 @@ class Server:
         held.update(part, self.version, self._divisor(held), lr, scratch or self._scratch, scale)
         return held.updated
 
+    def update_together(
+        self, parts: Sequence[tuple[int, int]], team: Team, scratches: Sequence[Scratch]
+    ) -> list[tuple[int, int]]:
+        """``update_part`` of what can be done in one pass, by all of a team at once; gives the rest.
+
+        Nobody needs the interpreter in between, and no thread is done long before the others, however few parts
+        there are.
+
+        Args:
+            parts: of ``ready_parts``.
+            team: the threads.
+            scratches: of each thread.
+        """
+        if self._decision is not None:
+            return list(parts)
+        lr = self.config.learning_rate(self.version)
+        rest: list[tuple[int, int]] = []
+        taken: list[tuple[HeldSlice, int]] = []
+        chunks: dict[int, tuple[Pass, list[ctypes.Structure]]] = {}
+        for index, part in parts:
+            held = self._slices[index]
+            if (found := held.in_one_pass(part, self.version, float(self._divisor(held)), lr)) is None:
+                rest.append((index, part))
+                continue
+            taken.append((held, part))
+            function, chunk = found
+            chunks.setdefault(id(function), (function, []))[1].append(chunk)
+        if not taken:
+            return rest
+        self._written = True
+        works = [Work(function, of_pass) for function, of_pass in chunks.values()]
+
+        def share(thread: int) -> None:
+            begin = time.perf_counter()
+            for work in works:
+                work()
+            scratches[thread].busy["update"] += time.perf_counter() - begin
+
+        team.run(share)
+        finite = all(work.finite for work in works)
+        for held, part in taken:
+            # Which one it was is seen from the sum again: this happens once in a run.
+            held.end_pass(part, self.version, scratches[0], finite=finite)
+        return rest
+
     def update(self, decision: Decision | None = None) -> None:
         """Write version ``version + 1`` of every slice; ``decision`` is the vote's, None where none is needed."""
         assert self.ready
@@ -287,7 +337,8 @@ class Server:
             generation=self._step.generation,
         )
         commit = commit._replace(server_ms={**commit.server_ms, "commit": 1e3 * (time.perf_counter() - begin)})
-        self.memory.commit(commit, integers)
+        self.record = pack_commit(commit, integers)
+        self.memory.commit(commit.version, self.record)
         self.version += 1
         self._last = commit
         self._integers = {self.version - 1: old, self.version: integers}

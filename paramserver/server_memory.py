@@ -15,7 +15,7 @@ from torch import Tensor
 from paramserver.config import OptimizerConfig
 from paramserver.errors import PartitionMismatch
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, pack_commit, unpack_commit
+from paramserver.messages import Commit, unpack_commit
 from paramserver.partition import BUFFERS, ELEMENT_BYTES, Partition, Slice
 from paramserver.state import State
 
@@ -165,17 +165,16 @@ class ServerMemory:
         """The committed version."""
         return int(_WORD.unpack_from(self._bytes)[0]) - 1
 
-    def commit(self, commit: Commit, integers: IntegerBlock) -> None:
-        """Everything of ``commit.version`` stands here: say so, last of all."""
-        place = _PAGE + commit.version % 2 * self._layout.record
-        record = pack_commit(commit, integers)
+    def commit(self, version: int, record: bytes) -> None:
+        """Everything of ``version`` stands here: say so, last of all. ``record`` is what ``pack_commit`` made of it."""
+        place = _PAGE + version % 2 * self._layout.record
         assert _WORD.size + len(record) <= self._layout.record, "a commit's record is larger than was thought"
         _WORD.pack_into(self._bytes, place, len(record))
         self._bytes[place + _WORD.size : place + _WORD.size + len(record)] = record
         if not self.filled:
             _HEADER.pack_into(self._bytes, 0, 0, self._hash)
         # x86 shows writes to others in this order, and one aligned word at once.
-        _WORD.pack_into(self._bytes, 0, commit.version + 1)
+        _WORD.pack_into(self._bytes, 0, version + 1)
 
     def record(self, version: int) -> tuple[Commit, IntegerBlock] | None:
         """The commit of the committed version or of the one before it, with the integer buffers; None if unknown."""

@@ -156,8 +156,8 @@ class GradientSums:
         if not samples:
             self.begin(microbatch)
         assert self._open is not None
-        for index, done in enumerate(self._done):
-            if not done:
+        if not all(self._done):
+            for index in [index for index, done in enumerate(self._done) if not done]:
                 self._put(self._open, self._views[index], None)
                 self._on_key(index)
         self.put_buffers(samples)

@@ -45,6 +45,12 @@ class HostMemory:
         """Begin to bring slices of a ``new_sum`` to ``on_host``; what it returns waits until they are there."""
         return _nothing
 
+    def expect(self, version: int) -> None:
+        """All is pushed: ``version`` comes next. What can be done for its ``pull`` is done while servers work."""
+        vector = self._client.vector(version)
+        if vector is not None:
+            self._replica.point_to(vector)
+
     def begin_thread(self) -> None:
         """To be called first in another thread that waits for what is sent."""
 
@@ -130,6 +136,9 @@ class PinnedMemory(HostMemory):
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # servers want the core
             done.record(self._stream)
         return done.synchronize
+
+    def expect(self, version: int) -> None:
+        """See ``HostMemory.expect``: kernels under way still read what stands here."""
 
     def begin_thread(self) -> None:
         """See ``HostMemory.begin_thread``: it would use the first GPU."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 
 from torch import Tensor, nn
 
@@ -65,6 +64,8 @@ class ParamServerBackend:
         if self._ready is not None and self._memory.copies:
             self._sender = ThreadPoolExecutor(1, initializer=self._memory.begin_thread)
         self._sending: list[Future[None]] = []
+        self._prepared: dict[Node, Callable[[], None]] = {}
+        """What pushes nodes that are whole after the backward under way: that much less is to be done behind it."""
         self._stats: list[MicrobatchStats] = []
         self._counted = False
         """Whether the row of the microbatch under way stands in ``_stats``."""
@@ -127,6 +128,8 @@ class ParamServerBackend:
             self._count(stats())
         if ready is not None:
             ready.begin()
+        elif self._node is not None and not self._memory.copies:
+            self._prepared[self._node] = self._message(self._node)
 
     def _count(self, stats: MicrobatchStats) -> None:
         if stats.samples:
@@ -154,7 +157,7 @@ class ParamServerBackend:
         """What pushes a node's slices, once they are on the host."""
         rows = tuple(row for row in self._stats if node.lo <= row.microbatch < node.hi)
         vector = self._memory.on_host(self._vector(node))
-        return partial(self._client.push, self.version, node, vector, rows, self._integers, slices)
+        return self._client.prepare(self.version, node, vector, rows, self._integers, slices)
 
     def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
         """See ``Backend.contribute``."""
@@ -179,7 +182,8 @@ class ParamServerBackend:
             arrivals = [self._memory.send(self._vector(node), self._replica.partition.slices) for node in left]
             for node, arrive in zip(left, arrivals, strict=True):
                 arrive()
-                self._message(node)()
+                (self._prepared.pop(node, None) or self._message(node))()
+            self._memory.expect(self.version + 1)
             self._pushed.clear()
             self._stats.clear()
             self._next_integers, self._integers = self._integers, {}

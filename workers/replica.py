@@ -119,6 +119,7 @@ class Replica:
         self._private = torch.zeros(partition.length - self._first_buffer, device=self.device)
         self._constants = {name: value for name, value in parameters.items() if name not in held}
         self._known_views: dict[int, _Views] = {}
+        self._pointed_to: Tensor | None = None
         self.values = torch.zeros(partition.length, device=self.device)
         """The pulled version, as a flat (length,) vector."""
         for key, parameter in self._parameters:
@@ -135,7 +136,9 @@ class Replica:
 
         Must not happen between forward and backward: autograd would silently read the new values.
         """
-        self.values = flat
+        if flat is self._pointed_to:
+            return
+        self.values = self._pointed_to = flat
         views = self._views(flat)
         for (_, parameter), view in zip(self._parameters, views.parameters, strict=True):
             parameter.data = view

@@ -5,6 +5,7 @@ temporary folder to mind. Both sides must be the same user's, and the caller sho
 unpickled.
 """
 
+import array
 import contextlib
 import hmac
 import os
@@ -18,18 +19,24 @@ from typing import Any
 
 from paramserver.transport.wire import decode, encode
 
-__all__ = ["Address", "Channel", "connect", "listen"]
+__all__ = ["Address", "Channel", "connect", "frame", "listen"]
 
 _HEADER = struct.Struct("<QB")
 """Length of the pickle, and how many descriptors come with it."""
-_PIECE = 1 << 17
+_PIECE = 1 << 16
 _SEND_S = 30.0
-_MAX_DESCRIPTORS = 4
+_ANCILLARY_BYTES = socket.CMSG_LEN(4 * array.array("i").itemsize)
+"""Room for four descriptors."""
 _TOKEN_BYTES = 32
 _GREETING_S = 10.0
 
 Address = tuple[str, bytes]
 """Name of the socket, and the token that it wants to see."""
+
+
+def frame(payload: bytes, descriptors: int = 0) -> bytes:
+    """What goes over the socket for a message that ``encode`` made: made once, it can be sent to many."""
+    return _HEADER.pack(len(payload), descriptors) + payload
 
 
 def listen() -> tuple[socket.socket, Address]:
@@ -68,6 +75,7 @@ class Channel:
     def __init__(self, peer: socket.socket) -> None:
         peer.setblocking(False)
         self._socket = peer
+        self._room = bytearray(_PIECE)  # a new one for each message would come from the system and go back to it
         self._input = bytearray()
         self._descriptors: list[int] = []
         self._output = bytearray()
@@ -98,32 +106,35 @@ class Channel:
         Raises:
             OSError: if the peer is gone, or does not read for 30 s.
         """
-        self.post(encode(message), descriptors)
+        self.send_frame(frame(encode(message), len(descriptors)), descriptors)
+
+    def send_frame(self, whole: bytes, descriptors: Sequence[int] = ()) -> None:
+        """As ``send``, for what ``frame`` made."""
+        self.post(whole, descriptors)
         while self.pending:
             if not _poll_for(self._socket, select.POLLOUT, _SEND_S):
                 raise TimeoutError("the peer does not read")
             self.flush()
 
-    def post(self, payload: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Send as much as goes at once of a message that ``encode`` made; ``flush`` sends what is ``pending`` then.
+    def post(self, whole: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Send as much as goes at once of what ``frame`` made; ``flush`` sends what is ``pending`` then.
 
         Raises:
             OSError: if the peer is gone.
         """
         assert not (descriptors and self._output), "descriptors go with the first byte of their message"
-        frame = _HEADER.pack(len(payload), len(descriptors)) + payload
         if self._output:
-            self._output += frame
+            self._output += whole
             return
         try:
             sent = (
-                socket.send_fds(self._socket, [frame], list(descriptors)) if descriptors else self._socket.send(frame)
+                socket.send_fds(self._socket, [whole], list(descriptors)) if descriptors else self._socket.send(whole)
             )
         except BlockingIOError:
             assert not descriptors
             sent = 0
-        if sent < len(frame):
-            self._output += memoryview(frame)[sent:]
+        if sent < len(whole):
+            self._output += memoryview(whole)[sent:]
 
     @property
     def pending(self) -> bool:
@@ -148,10 +159,11 @@ class Channel:
             TimeoutError: if none came; what came of it is kept for the next call.
             EOFError: if the peer is gone.
         """
-        deadline = time.monotonic() + timeout_s
-        while (found := self.take()) is None:
+        deadline, found = time.monotonic() + timeout_s, self.arrived()
+        while found is None:
             if not self._poll.poll(max(0.0, 1e3 * (deadline - time.monotonic()))):
                 raise TimeoutError("no message came")
+            found = self.take()
         return found
 
     def take(self) -> tuple[Any, list[int]] | None:
@@ -160,20 +172,22 @@ class Channel:
         Raises:
             EOFError: if the peer is gone.
         """
-        while (found := self._parse()) is None:
+        while (found := self.arrived()) is None:
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._socket, _PIECE, _MAX_DESCRIPTORS)
+                count, ancillary, _, _ = self._socket.recvmsg_into([self._room], _ANCILLARY_BYTES)
             except BlockingIOError:
                 return None
             except ConnectionError:
                 raise EOFError("the peer is gone") from None
-            if not data:
+            if not count:
                 raise EOFError("the peer is gone")
-            self._input += data
-            self._descriptors += descriptors
+            self._input += memoryview(self._room)[:count]
+            for _, _, data in ancillary:  # nothing else than descriptors comes on such a socket
+                self._descriptors += array.array("i", data)
         return found
 
-    def _parse(self) -> tuple[Any, list[int]] | None:
+    def arrived(self) -> tuple[Any, list[int]] | None:
+        """As ``take``, of what was read with the messages before; the socket is not looked at."""
         if len(self._input) < _HEADER.size:
             return None
         length, count = _HEADER.unpack_from(self._input)

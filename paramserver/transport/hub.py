@@ -7,7 +7,7 @@ updates, helper threads take slices from the same list, since torch lets go of t
 import contextlib
 import os
 import queue
-import selectors
+import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,24 +21,25 @@ from paramserver.messages import Commit, Hello, Push
 from paramserver.partition import Partition, Slice
 from paramserver.scratch import Scratch
 from paramserver.team import Team
-from paramserver.transport.channel import Address, Channel, listen
+from paramserver.transport.channel import Address, Channel, frame, listen
 from paramserver.transport.news import News
 from paramserver.transport.peer import Peer
 from paramserver.transport.versions import VersionsArena
 from paramserver.transport.wire import (
     Arenas,
-    Arrival,
     AskArenas,
     AskCommit,
     AskMissing,
     AttachArena,
     Committed,
     Failed,
+    Heard,
     Missing,
     Watch,
     Welcome,
     Written,
     encode,
+    encode_committed,
 )
 
 __all__ = ["Hub"]
@@ -64,9 +65,14 @@ class Served(Protocol):
     def missing(self) -> list[int]: ...
     def ready_parts(self) -> list[tuple[int, int]]: ...
     def update_part(self, index: int, part: int, scratch: Scratch) -> bool: ...
+    def update_together(
+        self, parts: Sequence[tuple[int, int]], team: Team, scratches: Sequence[Scratch]
+    ) -> list[tuple[int, int]]: ...
     def new_scratch(self) -> Scratch: ...
     @property
     def last(self) -> Commit | None: ...
+    @property
+    def record(self) -> bytes: ...
     def commit(
         self,
         busy: Iterable[Mapping[str, float]] = (),
@@ -138,9 +144,13 @@ class Hub:
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._listener, self.address = listen()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake, selectors.EVENT_READ, self._run_calls)
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[], None]] = {
+            self._wake: self._run_calls,
+            self._listener.fileno(): self._accept,
+        }
+        for descriptor in self._handlers:
+            self._epoll.register(descriptor, select.EPOLLIN)
         self._closed = threading.Event()
         self._gate = threading.Lock()
         self._gone = False
@@ -196,13 +206,13 @@ class Hub:
     def _serve(self) -> None:
         while not self._closed.is_set():
             try:
-                for key, events in self._selector.select():
+                for descriptor, events in self._epoll.poll():
                     if self._closed.is_set():
                         return
-                    if isinstance(key.data, Peer):
-                        self._hear(key.data, events)
-                    else:
-                        key.data()
+                    if (peer := self._peers.get(descriptor)) is not None:
+                        self._hear(peer, events)
+                    elif (handler := self._handlers.get(descriptor)) is not None:
+                        handler()
             except BaseException as error:  # nobody else would hear of it, and all would wait
                 self._fail(error)
             if not self._closed.is_set():
@@ -210,7 +220,7 @@ class Hub:
 
     def _shut(self) -> None:
         self._closed.set()
-        self._selector.close()
+        self._epoll.close()
         self._listener.close()
         for peer in self._peers.values():
             peer.channel.close()
@@ -242,45 +252,45 @@ class Hub:
             channel.close()
             return
         self._peers[channel.fileno()] = peer
-        self._selector.register(channel, selectors.EVENT_READ, peer)
+        self._epoll.register(channel.fileno(), select.EPOLLIN)
 
     def _hear(self, peer: Peer, events: int) -> None:
         try:
-            if events & selectors.EVENT_WRITE:
+            if events & select.EPOLLOUT:
                 peer.channel.flush()
                 self._await_room(peer)
-            if events & selectors.EVENT_READ:
+            if events & ~select.EPOLLOUT:  # the end of the connection is read like a message
                 while (found := peer.channel.take()) is not None:
                     self._answer(peer, *found)
         except (EOFError, OSError):
             self._drop(peer)
 
     def _answer(self, peer: Peer, message: object, descriptors: list[int]) -> None:
-        if isinstance(message, AttachArena):
+        if isinstance(message, Heard):
+            try:
+                self._server.push(peer.find(message, self._pieces))
+            except PushPullError as error:
+                self._tell(peer, frame(encode(Failed(error))))
+        elif isinstance(message, AttachArena):
             peer.arenas[message.arena] = Arena.attach(descriptors[0])
             peer.arenas[message.arena].close()
         elif isinstance(message, Watch):
             peer.watches = self._watched = True
-            self._tell(peer, encode(Written()))  # it may have looked just before one was
+            self._tell(peer, frame(encode(Written())))  # it may have looked just before one was
         elif isinstance(message, AskArenas):
             if self.own is not None:
                 peer.channel.send(Arenas(), [self.versions.arena.descriptor, self.own.descriptor])
         elif isinstance(message, AskCommit):
             if (last := self._server.last) is not None:
-                self._tell(peer, encode(Committed(last, self._server.integers(last.version))))
+                self._tell(peer, frame(encode(Committed(last, self._server.integers(last.version)))))
         elif isinstance(message, AskMissing):
-            self._tell(peer, encode(Missing(self._server.missing())))
-        elif isinstance(message, Arrival):
-            try:
-                self._server.push(peer.find(message, self._pieces))
-            except PushPullError as error:
-                self._tell(peer, encode(Failed(error)))
+            self._tell(peer, frame(encode(Missing(self._server.missing()))))
 
     def _drop(self, peer: Peer) -> None:
         # What it pushed stays: its arenas are mapped as long as somebody holds a tensor in them.
         self._peers.pop(peer.channel.fileno(), None)
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(peer.channel)
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.unregister(peer.channel.fileno())
         peer.channel.close()
 
     def _advance(self) -> None:
@@ -300,12 +310,18 @@ class Hub:
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
-        self._tell_all(Failed(error))
+        self._tell_all(frame(encode(Failed(error))))
         self._on_change(None)
 
     def _update(self, parts: list[tuple[int, int]]) -> None:
-        left = iter(parts)  # next() on it is atomic: each part goes to one thread
+        begin = time.perf_counter()
         slices, version = self._server.partition.slices, self._server.version + 1
+        if self.on_written is None and not self._watched and self._on_stage is None:  # nobody is told in between
+            rest = self._server.update_together(parts, self._team, self._scratches)
+            done = {index for index, _ in parts} - {index for index, _ in rest}
+            self.versions.mark((slices[index] for index in done), version)
+            parts = rest
+        left = iter(parts)  # next() on it is atomic: each part goes to one thread
 
         def work(thread: int) -> None:
             for index, part in left:
@@ -316,8 +332,10 @@ class Hub:
                 if thread == 0:
                     self._tell_written(version)
 
-        begin = time.perf_counter()
-        self._team.run(work)
+        if len(parts) == 1:
+            work(0)  # others would come too late
+        elif parts:
+            self._team.run(work)
         self._look("update")  # others may have been quicker with all there was
         self._tell_written(version)  # of what other threads wrote last
         self._wall += time.perf_counter() - begin
@@ -332,9 +350,9 @@ class Hub:
             self.on_written(version, new)
         watching = [peer for peer in self._peers.values() if peer.watches]
         if watching and self._news_for_peers.take(version):
-            payload = encode(Written())
+            written = frame(encode(Written()))
             for peer in watching:
-                self._tell(peer, payload)
+                self._tell(peer, written)
 
     def _commit(self) -> None:
         server = self._server
@@ -350,7 +368,7 @@ class Hub:
         self.versions.commit(server.index, server.version)
         self.last = commit
         if self._look("commit") != "drop-response":
-            self._tell_all(Committed(commit, server.integers(server.version)))
+            self._tell_all(frame(encode_committed(server.record)))
         # What follows is done while workers go on.
         self._on_change(commit)
         self._begin_step()
@@ -384,14 +402,14 @@ class Hub:
         self.versions.mark(self._pieces, self._server.version)
         self._server.regroup(generation)
 
-    def _tell_all(self, message: object) -> None:
-        payload = encode(message)
+    def _tell_all(self, message: bytes) -> None:
         for peer in list(self._peers.values()):
-            self._tell(peer, payload)
+            self._tell(peer, message)
 
-    def _tell(self, peer: Peer, payload: bytes) -> None:
+    def _tell(self, peer: Peer, message: bytes) -> None:
+        """Send what ``frame`` made."""
         try:
-            peer.channel.post(payload)
+            peer.channel.post(message)
         except OSError:
             self._drop(peer)
         else:
@@ -401,5 +419,5 @@ class Hub:
         """Wait for room to send in as long as something is left to send: a peer that does not read stops nobody."""
         if peer.channel.pending != peer.stuck:
             peer.stuck = peer.channel.pending
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.stuck else 0)
-            self._selector.modify(peer.channel, events, peer)
+            events = select.EPOLLIN | (select.EPOLLOUT if peer.stuck else 0)
+            self._epoll.modify(peer.channel.fileno(), events)

@@ -1,7 +1,8 @@
 """Servers in the worker's own process: for ``single``, for ``ddp``'s update, and for tests with a thread a worker."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,14 +55,16 @@ class InProcessServers:
     def _update(self, server: Server, decision: Decision | None = None) -> None:
         if decision is not None:
             server.decide(decision)
-        left = iter(server.ready_parts())  # next() on it is atomic: each part goes to one thread
         scratches = self._scratches[self.servers.index(server)]
+        rest = server.update_together(server.ready_parts(), self._team, scratches)
+        left = iter(rest)  # next() on it is atomic: each part goes to one thread
 
         def work(thread: int) -> None:
             for index, part in left:
                 server.update_part(index, part, scratches[thread])
 
-        self._team.run(work)
+        if rest:
+            self._team.run(work)
         busy = [scratch.take_busy() for scratch in scratches]
         server.commit([{stage: seconds / len(busy) for stage, seconds in thread.items()} for thread in busy])
 
@@ -117,6 +120,10 @@ class InProcessTransport:
     def push(self, server: int, push: Push) -> None:
         """See ``Transport.push``."""
         self._servers.push(server, push)
+
+    def prepare(self, server: int, push: Push) -> Callable[[], None]:
+        """See ``Transport.prepare``."""
+        return partial(self.push, server, push)
 
     def wait(self, server: int, version: int, timeout_s: float) -> Commit:
         """See ``Transport.wait``."""

@@ -2,18 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from paramserver.arena import Arena
 from paramserver.errors import PartitionMismatch
-from paramserver.messages import FlatSlices, Push
+from paramserver.integers import IntegerBlock
+from paramserver.messages import MicrobatchStats, Push
 from paramserver.partition import Slice
 from paramserver.transport.channel import Channel
-from paramserver.transport.wire import Arrival, Place, VectorPlace
+from paramserver.transport.wire import Heard, Lasting, Place, VectorPlace, read_lasting
 
 __all__ = ["Peer"]
+
+_KEPT = 256
+"""More kinds of pushes than a worker has, unless backward ends in ever another order."""
+
+
+class _Known(NamedTuple):
+    """A kind of push of which a hub has made sense."""
+
+    lasting: Lasting
+    slices: Mapping[int, Tensor]
 
 
 @dataclass
@@ -22,31 +34,46 @@ class Peer:
 
     channel: Channel
     arenas: dict[int, Arena] = field(default_factory=dict)
-    vectors: dict[Place, FlatSlices] = field(default_factory=dict)
+    known: dict[bytes, _Known] = field(default_factory=dict)
     stuck: bool = False
     """Whether something waits until it reads."""
     watches: bool = False
     """Whether it wants to hear of slices before their commit."""
 
-    def find(self, message: Arrival, pieces: Sequence[Slice]) -> Push:
+    def find(self, heard: Heard, pieces: Sequence[Slice]) -> Push:
         """The push with its tensors, which lie in this peer's arenas.
 
         Raises:
             PartitionMismatch: if it names memory that was not shown.
         """
-        slices: Mapping[int, Tensor]
+        lasting, slices = self.known.get(heard.lasting) or self._learn(heard.lasting, pieces)
+        return Push(
+            lasting.run,
+            heard.step,
+            lasting.generation,
+            lasting.worker,
+            lasting.node,
+            slices,
+            tuple(MicrobatchStats(*row) for row in heard.rows),
+            IntegerBlock(lasting.layout, heard.integers),
+        )
+
+    def _learn(self, data: bytes, pieces: Sequence[Slice]) -> _Known:
+        lasting = read_lasting(data)
         try:
-            if isinstance(message.slices, VectorPlace):
-                place = message.slices.place
-                if place not in self.vectors:  # the same few vectors come in every step
-                    self.vectors[place] = FlatSlices(self._tensor(place), pieces)
-                slices = {index: self.vectors[place][index] for index in message.slices.slices}
+            if isinstance(lasting.slices, VectorPlace):
+                place, chosen = lasting.slices
+                vector = self._tensor(place)
+                ranges = {piece.index: slice(piece.start, piece.stop) for piece in pieces}
+                slices = {index: vector[ranges[index]] for index in chosen}
             else:
-                slices = {index: self._tensor(place) for index, place in message.slices.items()}
+                slices = {index: self._tensor(place) for index, place in lasting.slices.items()}
         except (KeyError, ValueError, AttributeError) as error:
-            worker = message.push.worker
-            raise PartitionMismatch(f"push of worker {worker} names memory that it did not attach") from error
-        return message.push._replace(slices=slices)
+            raise PartitionMismatch(f"push of worker {lasting.worker} names memory that it did not attach") from error
+        if len(self.known) >= _KEPT:
+            self.known.clear()
+        known = self.known[data] = _Known(lasting, slices)
+        return known
 
     def _tensor(self, place: Place) -> Tensor:
         return self.arenas[place.arena].tensor(place.offset, place.numel, getattr(torch, place.dtype))

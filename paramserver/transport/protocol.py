@@ -1,6 +1,6 @@
 """The seam between a worker's client and its servers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -35,6 +35,12 @@ class Transport(Protocol):
 
     def push(self, server: int, push: Push) -> None:
         """Send a contribution. Its tensors may be overwritten once ``wait`` has returned the step's commit."""
+
+    def prepare(self, server: int, push: Push) -> Callable[[], None]:
+        """Do now what can be done of ``push``: calling the result does the rest.
+
+        Until then the tensors may be written, and after it as for ``push``; all else that is pushed stands already.
+        """
 
     def wait(self, server: int, version: int, timeout_s: float) -> Commit:
         """Wait until the server has committed ``version``.

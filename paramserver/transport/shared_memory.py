@@ -5,9 +5,9 @@ that ``allocate`` gave out lie in an arena already; any other tensor is copied i
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from paramserver.errors import ServerLost, StepTimeout, VersionGone
 from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, FlatSlices, Hello, Push
 from paramserver.partition import Partition, Slice
-from paramserver.transport.channel import Address, Channel, connect
+from paramserver.transport.channel import Address, Channel, connect, frame
 from paramserver.transport.versions import VersionsArena
 from paramserver.transport.wire import (
     Arrival,
@@ -32,6 +32,7 @@ from paramserver.transport.wire import (
     VectorPlace,
     Watch,
     Welcome,
+    encode,
 )
 
 __all__ = ["SharedMemoryTransport"]
@@ -115,7 +116,7 @@ class SharedMemoryTransport:
         arena, hello = Arena.attach(descriptor), welcome.hello
         return _Line(server, channel, hello, arena, self._partition, hello.version, welcome.integers, hello.last)
 
-    @property
+    @cached_property
     def versions(self) -> tuple[Tensor, Tensor] | None:
         """See ``Transport.versions``: what the servers write is read in place."""
         if len(self._lines) < self.num_servers:
@@ -150,13 +151,23 @@ class SharedMemoryTransport:
 
     def push(self, server: int, push: Push) -> None:
         """See ``Transport.push``."""
-        place = self._find(push.slices.flat) if isinstance(push.slices, FlatSlices) else None
-        slices: VectorPlace | dict[int, Place]
-        if place is not None and isinstance(push.slices, FlatSlices):
-            slices = VectorPlace(place, tuple(piece.index for piece in push.slices.pieces))
-        else:
-            slices = {index: self._place(values, push.step) for index, values in push.slices.items()}
-        self._tell(server, Arrival(push._replace(slices={}, integers=IntegerBlock.of(push.integers)), slices))
+        message = self._in_arena(push)
+        if message is None:
+            places = {index: self._place(values, push.step) for index, values in push.slices.items()}
+            message = frame(encode(_arrival(push, places)))
+        self._send(server, message)
+
+    def prepare(self, server: int, push: Push) -> Callable[[], None]:
+        """See ``Transport.prepare``: for a vector that lies in an arena a ready-made message is left to be sent."""
+        message = self._in_arena(push)
+        return partial(self.push, server, push) if message is None else partial(self._send, server, message)
+
+    def _in_arena(self, push: Push) -> bytes | None:
+        """What says where the slices lie, if they are of one vector in an arena."""
+        if not isinstance(push.slices, FlatSlices) or (place := self._find(push.slices.flat)) is None:
+            return None
+        indices = tuple(piece.index for piece in push.slices.pieces)
+        return frame(encode(_arrival(push, VectorPlace(place, indices))))
 
     def _find(self, values: Tensor) -> Place | None:
         """Where a tensor lies, if it is in an arena."""
@@ -260,15 +271,15 @@ class SharedMemoryTransport:
 
     def _listen_to_errors(self, server: int) -> None:
         """Raise an error that came behind the commit that was waited for."""
-        try:
-            while (found := self._lines[server].channel.take()) is not None:
-                self._understand(server, found[0])
-        except EOFError:
-            raise self._lost(server) from None
+        while (found := self._lines[server].channel.arrived()) is not None:
+            self._understand(server, found[0])
 
     def _tell(self, server: int, message: object, descriptors: Sequence[int] = ()) -> None:
+        self._send(server, frame(encode(message), len(descriptors)), descriptors)
+
+    def _send(self, server: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
         try:
-            self._lines[server].channel.send(message, descriptors)
+            self._lines[server].channel.send_frame(message, descriptors)
         except OSError:
             raise self._lost(server) from None
 
@@ -286,6 +297,11 @@ class SharedMemoryTransport:
         for line in self._lines.values():
             line.channel.close()
         self._lines.clear()
+        self.__dict__.pop("versions", None)  # it would keep the arena
+
+
+def _arrival(push: Push, slices: Mapping[int, Place] | VectorPlace) -> Arrival:
+    return Arrival(push._replace(slices={}, integers=IntegerBlock.of(push.integers)), slices)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, Hello, MicrobatchStats, Push, pack_commit, unpack_commit
+from paramserver.messages import Commit, Hello, Push, pack_commit, unpack_commit
 from paramserver.reduction import Node
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "AttachArena",
     "Committed",
     "Failed",
+    "Heard",
+    "Lasting",
     "Missing",
     "Place",
     "VectorPlace",
@@ -26,6 +28,8 @@ __all__ = [
     "Written",
     "decode",
     "encode",
+    "encode_committed",
+    "read_lasting",
 ]
 
 
@@ -59,6 +63,30 @@ class Arrival(NamedTuple):
     """Worker to hub: a push without its slices; its integer buffers are a block."""
 
     push: Push
+    slices: Mapping[int, Place] | VectorPlace
+
+
+class Heard(NamedTuple):
+    """An ``Arrival`` as it comes out: of what is the same in every step a hub has made sense before."""
+
+    lasting: bytes
+    """See ``read_lasting``."""
+    step: int
+    rows: tuple[tuple[int, float, float, int], ...]
+    """Of each microbatch; see ``MicrobatchStats``."""
+    integers: bytes
+    """Content of the block of integer buffers."""
+
+
+class Lasting(NamedTuple):
+    """What is the same in every step in which a worker pushes the same slices for the same node."""
+
+    run: str
+    generation: int
+    worker: int
+    node: Node
+    layout: bytes
+    """Of the block of integer buffers."""
     slices: Mapping[int, Place] | VectorPlace
 
 
@@ -131,26 +159,33 @@ def encode(message: object) -> bytes:
             if isinstance(slices, VectorPlace)
             else (None, tuple((index, *place) for index, place in slices.items()))
         )
+        lasting = (push.run, push.generation, push.worker, tuple(push.node), push.integers.layout, places)
         rows = tuple(tuple(row) for row in push.stats)
-        known = (push.run, push.step, push.generation, push.worker, *push.node)
-        integers = (push.integers.layout, push.integers.to_bytes())
-        return _ARRIVAL + marshal.dumps((known, rows, integers, places))
+        return _ARRIVAL + marshal.dumps((marshal.dumps(lasting), push.step, rows, push.integers.to_bytes()))
     if isinstance(message, Committed):
-        return _COMMITTED + pack_commit(message.commit, message.integers)
+        return encode_committed(pack_commit(message.commit, message.integers))
     return _PICKLE + pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
 
 
+def encode_committed(record: bytes) -> bytes:
+    """A ``Committed`` of what ``pack_commit`` made, as bytes."""
+    return _COMMITTED + record
+
+
 def decode(data: bytes) -> object:
-    """The message that ``encode`` made bytes of; from a trusted peer alone."""
+    """The message that ``encode`` made bytes of, an ``Arrival`` as ``Heard``; from a trusted peer alone."""
     if data[:1] == _ARRIVAL:
-        (run, step, generation, worker, lo, hi), rows, (layout, content), (place, slices) = marshal.loads(data[1:])
-        stats = tuple(MicrobatchStats(*row) for row in rows)
-        integers = IntegerBlock(layout, content)
-        push = Push(run, step, generation, worker, Node(lo, hi), {}, stats, integers)
-        if place is None:
-            return Arrival(push, {index: Place(*where) for index, *where in slices})
-        return Arrival(push, VectorPlace(Place(*place), slices))
+        return Heard(*marshal.loads(data[1:]))
     if data[:1] == _COMMITTED:
         return Committed(*unpack_commit(data[1:]))
     message: object = pickle.loads(data[1:])
     return message
+
+
+def read_lasting(data: bytes) -> Lasting:
+    """What ``Heard.lasting`` says."""
+    run, generation, worker, node, layout, (place, slices) = marshal.loads(data)
+    about = (run, generation, worker, Node(*node), layout)
+    if place is None:
+        return Lasting(*about, {index: Place(*rest) for index, *rest in slices})
+    return Lasting(*about, VectorPlace(Place(*place), slices))

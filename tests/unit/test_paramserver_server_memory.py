@@ -9,7 +9,7 @@ from torch import Tensor
 from paramserver.config import OptimizerConfig
 from paramserver.errors import PartitionMismatch, StaleContribution, VersionGone
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit
+from paramserver.messages import Commit, pack_commit
 from paramserver.reduction import Node
 from paramserver.server import Server
 from paramserver.server_memory import CHUNK, ServerMemory
@@ -169,7 +169,7 @@ def test_a_record_is_of_its_own_version() -> None:
     assert memory.version == 0
     assert memory.record(-1) is None
     assert memory.record(1) is None
-    memory.commit(Commit(1, (), 0.5), IntegerBlock.pack({"seen": torch.tensor(4)}))
+    memory.commit(1, pack_commit(Commit(1, (), 0.5), IntegerBlock.pack({"seen": torch.tensor(4)})))
     assert memory.version == 1
     kept = memory.record(1)
     assert kept is not None

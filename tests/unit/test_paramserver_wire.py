@@ -11,17 +11,19 @@ from paramserver.errors import StepTimeout
 from paramserver.integers import IntegerBlock
 from paramserver.messages import Commit, MicrobatchStats, Push
 from paramserver.reduction import Node
-from paramserver.transport.channel import Channel
+from paramserver.transport.channel import Channel, frame
 from paramserver.transport.wire import (
     Arrival,
     AttachArena,
     Committed,
     Failed,
+    Heard,
     Missing,
     Place,
     VectorPlace,
     decode,
     encode,
+    read_lasting,
 )
 
 ROWS = (MicrobatchStats(2, 1.25, 3.0, 4), MicrobatchStats(3, float("inf"), 0.0, 0))
@@ -50,7 +52,28 @@ def _plain(message: Any) -> Any:
 
 @pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES.keys())
 def test_a_message_arrives_as_it_was_sent(message: Any) -> None:
-    assert _plain(decode(encode(message))) == _plain(message)
+    decoded = decode(encode(message))
+    assert _plain(_arrival(decoded) if isinstance(decoded, Heard) else decoded) == _plain(message)
+
+
+def _arrival(heard: Heard) -> Arrival:
+    """What was sent, put together from both of its parts."""
+    lasting = read_lasting(heard.lasting)
+    rows = tuple(MicrobatchStats(*row) for row in heard.rows)
+    integers = IntegerBlock(lasting.layout, heard.integers)
+    about = (lasting.run, heard.step, lasting.generation, lasting.worker, lasting.node)
+    return Arrival(Push(*about, {}, rows, integers), lasting.slices)
+
+
+def test_what_lasts_is_the_same_bytes_in_every_step() -> None:
+    """By them a hub finds what it has made sense of before."""
+    steps = [Arrival(PUSH._replace(step=step, stats=ROWS[step:]), VectorPlace(PLACE, (0, 2))) for step in range(2)]
+    first, second = (decode(encode(message)) for message in steps)
+    assert isinstance(first, Heard)
+    assert isinstance(second, Heard)
+    assert first.lasting == second.lasting
+    assert (first.step, second.step) == (0, 1)
+    assert len(first.rows) == 2
 
 
 def test_an_error_arrives_with_its_class() -> None:
@@ -111,7 +134,7 @@ def test_what_a_peer_does_not_read_is_kept_and_flushed_later() -> None:
     one, other = (Channel(side) for side in socket.socketpair())
     big = encode(Missing(list(range(1 << 20))))
     for _ in range(2):
-        one.post(big)
+        one.post(frame(big))
     assert one.pending
     with pytest.raises(TimeoutError):
         other.receive(0.0)
