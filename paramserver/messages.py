@@ -146,22 +146,25 @@ class Commit(NamedTuple):
         return Decision(not self.skipped, self.scale, self.grad_norm)
 
 
+_STATS, _SERVER_MS = Commit._fields.index("stats"), Commit._fields.index("server_ms")
+
+
 def pack_commit(commit: Commit, integers: IntegerBlock) -> bytes:
     """A commit and the integer buffers of its version as bytes.
 
     Marshalled as plain values: pickle looks each class up by its name, which in caches that a backward has just swept
     takes longer than all the rest.
     """
-    rows = tuple(tuple(row) for row in commit.stats)
-    rest: Any = tuple(commit._replace(stats=(), server_ms=()))  # type: ignore[arg-type]
-    return marshal.dumps((rest, rows, tuple(commit.server_ms.items()), integers.layout, integers.to_bytes()))
+    rest: list[Any] = list(commit)
+    rest[_STATS], rest[_SERVER_MS] = [tuple(row) for row in commit.stats], dict(commit.server_ms)
+    return marshal.dumps((rest, integers.layout, integers.to_bytes()))
 
 
 def unpack_commit(data: bytes) -> tuple[Commit, IntegerBlock]:
     """What ``pack_commit`` made bytes of."""
-    rest, rows, busy, layout, content = marshal.loads(data)
-    commit = Commit(*rest)._replace(stats=tuple(MicrobatchStats(*row) for row in rows), server_ms=dict(busy))
-    return commit, IntegerBlock(layout, content)
+    rest, layout, content = marshal.loads(data)
+    rest[_STATS] = tuple(MicrobatchStats(*row) for row in rest[_STATS])
+    return Commit(*rest), IntegerBlock(layout, content)
 
 
 class Hello(NamedTuple):

@@ -150,15 +150,19 @@ class GradientSums:
         for into, source in deposit.merges:
             vectors[into].add_(vectors[source])
 
-    @torch.no_grad()
     def end(self, microbatch: int, samples: int) -> None:
         """After the backward of ``microbatch``, if it has samples: buffers, and keys without a gradient."""
         if not samples:
             self.begin(microbatch)
-        assert self._open is not None
         if not all(self._done):
-            for index in [index for index, done in enumerate(self._done) if not done]:
-                self._put(self._open, self._views[index], None)
-                self._on_key(index)
-        self.put_buffers(samples)
+            self._put_zeros()
+        if not self._counted:
+            self.put_buffers(samples)
         self._open = None
+
+    @torch.no_grad()
+    def _put_zeros(self) -> None:
+        assert self._open is not None
+        for index in [index for index, done in enumerate(self._done) if not done]:
+            self._put(self._open, self._views[index], None)
+            self._on_key(index)

@@ -1,8 +1,8 @@
 """The eight stages of a step and the time that each costs on the worker's own clock."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 __all__ = ["PHASES", "PhaseTimer", "stage_of", "stage_word"]
 
@@ -19,17 +19,21 @@ class PhaseTimer:
     def __init__(self, on_enter: Callable[[str], object] | None = None) -> None:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._on_enter = on_enter
+        self._phases = {name: _Phase(self, name) for name in PHASES}
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Book the block's time on ``name``."""
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Book the block's time on ``name``; not inside a block of the same name."""
+        return self._phases[name]
+
+    def enter(self, name: str) -> float:
+        """A block of ``name`` begins, at the time that is given back."""
         if self._on_enter is not None:
             self._on_enter(name)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[name] += time.perf_counter() - start
+        return time.perf_counter()
+
+    def leave(self, name: str, start: float) -> None:
+        """A block of ``name`` is over that began at ``start``."""
+        self._seconds[name] += time.perf_counter() - start
 
     def move(self, seconds: float, source: str, target: str) -> None:
         """Book ``seconds`` of what stands under ``source`` on ``target``; never more than there is."""
@@ -42,6 +46,20 @@ class PhaseTimer:
         taken = {name: 1e3 * seconds for name, seconds in self._seconds.items()}
         self._seconds = dict.fromkeys(PHASES, 0.0)
         return taken
+
+
+class _Phase(AbstractContextManager[None]):
+    """One stage's blocks, one after the other; made once, since a step has many and each counts."""
+
+    def __init__(self, timer: PhaseTimer, name: str) -> None:
+        self._timer = timer
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._start = self._timer.enter(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.leave(self._name, self._start)
 
 
 def stage_word(step: int, stage: str) -> int:
