@@ -49,19 +49,26 @@ class Member:
 
     def end(self) -> None:
         """Kill it, even if it is stopped, and see it gone: nobody may take its place while it could still write."""
-        with contextlib.suppress(Exception):  # Ray says in many ways that it is dead already
-            ray.kill(self.actor)
+        self.kill()
         if self.place is None:
             return
         if self.pidfd >= 0:
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             select.select([self.pidfd], [], [], _END_S)
         else:
             pinned = NodeAffinitySchedulingStrategy(self.place.node, soft=False)
             with contextlib.suppress(Exception):
                 killed = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=pinned).remote(self.place.pid)
                 ray.get(killed, timeout=_END_S)
+
+    def kill(self) -> None:
+        """Kill it, even if it is stopped; it may live on for a moment."""
+        # By the system first, where that can be: told by Ray, an actor kills its children before it ends, and among
+        # them the one that takes away the named semaphores of loader processes.
+        if self.pidfd >= 0:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        with contextlib.suppress(Exception):  # Ray says in many ways that it is dead already
+            ray.kill(self.actor)
 
     def close(self) -> None:
         """Forget its process."""
@@ -183,10 +190,6 @@ class Members:
     def close(self) -> None:
         """End all actors."""
         for member in self:
-            with contextlib.suppress(Exception):
-                ray.kill(member.actor)
-            if member.pidfd >= 0:  # one that is stopped hears nothing of Ray's
-                with contextlib.suppress(OSError):
-                    signal.pidfd_send_signal(member.pidfd, signal.SIGKILL)
+            member.kill()
             member.close()
         self._members.clear()

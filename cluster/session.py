@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ __all__ = ["check_address", "ray_session"]
 _PREFIX = "pushpull-ray-"
 _MIB = 1 << 20
 _PROBE_S = 5.0
+_TRACKERS_S = 5.0
+_LOOK_S = 0.02
 
 # Read by Ray when it is imported or started, so they must stand before ``import ray``.
 _QUIET = {
@@ -216,13 +219,42 @@ def _sweep() -> None:
 
 def _end_processes_of(folder: Path) -> None:
     """After the kill of a driver some of Ray's processes look for their raylet for a minute."""
+    trackers = []
+    for pid in _processes_of(folder):
+        if _is_tracker(pid):
+            trackers.append(pid)
+        else:
+            _kill(pid)
+    # Who is killed leaves named semaphores to its tracker, which takes them away and ends by itself.
+    deadline = time.monotonic() + _TRACKERS_S
+    while trackers and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+        trackers = [pid for pid in trackers if _is_tracker(pid)]
+    for pid in trackers:
+        _kill(pid)
+
+
+def _processes_of(folder: Path) -> list[int]:
+    found = []
     for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):  # gone, or another user's
-            if (
-                entry.name.isdigit()
-                and int(entry.name) != os.getpid()
-                and (
-                    os.readlink(entry / "cwd") == str(folder) or os.fsencode(folder) in (entry / "cmdline").read_bytes()
-                )
-            ):
-                os.kill(int(entry.name), signal.SIGKILL)
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):  # gone, or another user's
+                if os.readlink(entry / "cwd") == str(folder) or os.fsencode(folder) in _command(int(entry.name)):
+                    found.append(int(entry.name))
+    return found
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def _is_tracker(pid: int) -> bool:
+    """Whether it is one of Python's ``multiprocessing``, and has not ended."""
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.resource_tracker" in _command(pid)
+    return False
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)

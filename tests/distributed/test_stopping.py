@@ -46,6 +46,7 @@ def test_sigterm_writes_a_checkpoint_that_continues_to_the_same_bits(tmp_path: P
 @pytest.mark.parametrize("backend", ["single", "ps"])
 def test_sigterm_to_the_whole_group_ends_a_run_as_well(tmp_path: Path, backend: str) -> None:
     """As timeout(1) and many a scheduler send it: loader processes and actors get it, too."""
+    folders, memory = ray_folders(), shared_memory()
     arguments = ["train", "ssd", "--backend", backend, *BACKENDS[backend], *SMALL, "--loader-processes", "1"]
     process = start(*arguments, "--steps", "500", "--out", str(tmp_path), "--name", "stopped")
     wait_for_line(process, "step 2/")
@@ -54,6 +55,8 @@ def test_sigterm_to_the_whole_group_ends_a_run_as_well(tmp_path: Path, backend: 
     assert process.returncode == 143, complaint
     steps = json.loads((tmp_path / "stopped" / "summary.json").read_text())["steps"]
     assert (tmp_path / "stopped" / "checkpoints" / f"step_{steps}" / "meta.json").exists()
+    assert gone(ray_folders() - folders) == []
+    assert shared_memory() <= memory, "loader processes have named semaphores"
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
