@@ -76,7 +76,7 @@ def _did_you_mean(word: str) -> str:
         return ": another command has it, this one does not"
     close = difflib.get_close_matches(name, names, n=1)
     if not close:
-        return ": pushpull train --help lists what there is"
+        return ": --help behind the command lists what there is"
     return f": did you mean {'--' + close[0].replace('_', '-') if word.startswith('-') else close[0]}?"
 
 

@@ -174,6 +174,23 @@ def test_a_worker_may_overwrite_what_it_pushed_once_the_wait_has_returned(link: 
     _assert_version(fleet, link, 2)
 
 
+def test_a_prepared_push_sends_what_its_vector_holds_when_it_is_called(link: Link) -> None:
+    """Preparing is done before backward, which writes the gradients."""
+    fleet = _fleet(link)
+    client = link.client(fleet)
+    vectors = [client.allocate() for _ in LEAVES]
+    for step in range(3):
+        sends = [
+            client.prepare(step, leaf, vector, rows_of(leaf), {}) for leaf, vector in zip(LEAVES, vectors, strict=True)
+        ]
+        for leaf, vector in zip(LEAVES, vectors, strict=True):
+            vector.copy_(fleet.flatten(_leaves(step)[leaf.lo]))
+        for send in sends:
+            send()
+        assert client.wait(step + 1).version == step + 1
+    _assert_version(fleet, link, 3)
+
+
 def test_a_commit_tells_what_was_applied(link: Link) -> None:
     fleet = _fleet(link, OptimizerConfig(lr=0.5, schedule="step", total_steps=3, decay_factor=0.5))
     client = link.client(fleet, worker=3)

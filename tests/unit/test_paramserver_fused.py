@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch import Tensor
 from paramserver import fused, optimizer
 from paramserver.config import OptimizerConfig
 from paramserver.errors import NonFiniteGradient
-from paramserver.fused import load_pass
+from paramserver.fused import Work, load_pass
 from paramserver.fused_adam import fused_adam
 from paramserver.fused_sgd import fused_sgd
 from paramserver.messages import MicrobatchStats
-from paramserver.reduction import maximal_nodes
+from paramserver.optimizer import BufferMean
+from paramserver.reduction import Node, maximal_nodes, plan_additions
 from tests.support.servers import Fleet, bits_equal
 
 PASSES = {"fused_sgd": fused_sgd, "fused_adam": fused_adam}
@@ -112,6 +114,58 @@ def _assert_the_bits_of_torch(name: str, length: int, cuts: list[int], options: 
 @settings(max_examples=40, deadline=None)
 def test_the_same_holds_for_adam(length: int, cuts: list[int], options: dict[str, Any]) -> None:
     _assert_the_bits_of_torch("fused_adam", length, cuts, options)
+
+
+GRAIN = 1 << 14
+"""Elements that a thread takes at a time; see fused_work.h."""
+
+
+@needs_a_compiler
+@given(
+    lengths=st.lists(st.sampled_from([1, 64, GRAIN - 1, GRAIN, GRAIN + 1, 3 * GRAIN + 5]), min_size=1, max_size=4),
+    threads=st.integers(1, 4),
+)
+@settings(max_examples=30, deadline=None)
+def test_threads_that_share_the_work_do_all_of_it_once(lengths: list[int], threads: int) -> None:
+    sgd = fused_sgd()
+    assert sgd is not None
+    random = torch.Generator().manual_seed(sum(lengths))
+    values = [torch.randn(length, generator=random) for length in lengths]
+    pushed = [torch.randn(length, generator=random) for length in lengths]
+    plan = plan_additions(Node(0, 1), (Node(0, 1),))
+    settings = {"divisor": 2.0, "lr": 0.5, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
+    made = [value.clone() for value in values]  # in place: what is done twice would be seen
+    chunks = [
+        sgd.chunk([gradient.data_ptr()], plan, (new, new), (None, None), **settings)
+        for new, gradient in zip(made, pushed, strict=True)
+    ]
+    work = Work(sgd.function, chunks)
+    others = [threading.Thread(target=work) for _ in range(threads - 1)]
+    for other in others:
+        other.start()
+    work()
+    for other in others:
+        other.join()
+    assert work.finite
+    for new, value, gradient in zip(made, values, pushed, strict=True):
+        assert torch.equal(new, torch.add(value, gradient / 2.0, alpha=-0.5))
+
+
+@needs_a_compiler
+def test_buffers_in_one_pass_have_the_bits_of_torch() -> None:
+    numbers = [0.0, -0.0, 1.0, -1.0, 1e-42, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 0.1, 1 / 3]
+    old, total = (torch.tensor(pair) for pair in zip(*itertools.product(numbers, numbers), strict=True))
+    divisor = torch.tensor(3.0)
+    plain, one_pass = torch.zeros_like(old), torch.zeros_like(old)
+    BufferMean((old, plain)).step_sum(0, total, divisor, torch.empty_like(old))
+    buffers = BufferMean((old, one_pass))
+    assert buffers.one_pass is not None
+    for _ in range(2):  # the second time what was made for the first is used again
+        one_pass.zero_()
+        chunk = buffers.in_one_pass(0, (total.data_ptr(),), (), float(divisor), 0.1)
+        Work(buffers.one_pass, [chunk])()
+        assert torch.equal(one_pass.isnan(), plain.isnan())
+        assert torch.equal(one_pass[~plain.isnan()].view(torch.int32), plain[~plain.isnan()].view(torch.int32))
 
 
 @needs_a_compiler

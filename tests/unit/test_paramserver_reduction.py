@@ -73,6 +73,22 @@ def test_folding_gives_the_same_bits_as_holding(arrival: tuple[list[Tensor], lis
     assert torch.equal(total, canonical_sum(leaves))
 
 
+def test_a_sum_knows_the_very_objects_that_it_holds() -> None:
+    held = TreeSum[Tensor](2)
+    left, right = torch.zeros(3), torch.zeros(3)
+    held.insert(Node(1, 2), right)
+    held.insert(Node(0, 1), left)
+    known = held.contributions
+    assert held.holds(known), "in whatever order they came"
+    assert not held.holds({})
+    held.clear()
+    assert not held.holds(known)
+    assert held.holds({})
+    held.insert(Node(0, 1), left)
+    held.insert(Node(1, 2), right.clone())
+    assert not held.holds(known), "an equal one is another"
+
+
 def test_the_order_of_a_plain_sum_would_matter() -> None:
     """The properties above would hold for nothing if fp32 sums of such leaves never depended on their order."""
     leaves = list(torch.randn(17, 1000, generator=torch.Generator().manual_seed(0)))
