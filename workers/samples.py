@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator, Sized
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -84,10 +85,23 @@ class _Elsewhere(Dataset[Any]):
 def _begin_process(threads: int, parent: int, _number: int) -> None:
     """In a loader process: compute as the worker would, and end when it does, not before."""
     os.setpgid(0, 0)  # what a terminal or a scheduler sends to the whole group is for the worker, which may go on
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # drops one that has come already
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)  # a mean over an image depends on it
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was too late for that
         os._exit(0)
+
+
+@contextmanager
+def _sigterm_held_back() -> Iterator[None]:
+    """Processes started in the block do not end by SIGTERM before they have begun, when they leave this group."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def where_drawn(dataset: Dataset[Sample], task: Task, processes: int) -> tuple[Dataset[Any], dict[str, Any]]:
@@ -175,7 +189,8 @@ class MicrobatchLoader:
         """Whatever comes next is of these microbatches, from this step on, counted from 0."""
         self._sampler.run, self._sampler.first_step = run, first_step
         self._prepared = None
-        self._batches = iter(self._loader)
+        with _sigterm_held_back():
+            self._batches = iter(self._loader)
 
     def next(self) -> Batch:
         """The next non-empty microbatch."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import gone, ray_folders, shared_memory, start, wait_for_line
+from tests.support.processes import children, gone, ray_folders, shared_memory, start, wait_for, wait_for_line
 from tests.support.runs import train
 
 # A constant learning rate: it does not depend on where the run was to end.
@@ -57,6 +57,16 @@ def test_sigterm_to_the_whole_group_ends_a_run_as_well(tmp_path: Path, backend: 
     assert (tmp_path / "stopped" / "checkpoints" / f"step_{steps}" / "meta.json").exists()
     assert gone(ray_folders() - folders) == []
     assert shared_memory() <= memory, "loader processes have named semaphores"
+
+
+def test_sigterm_to_loader_processes_that_have_not_begun_ends_a_run_as_well(tmp_path: Path) -> None:
+    arguments = ["train", "ssd", "--backend", "single", *SMALL, "--loader-processes", "2"]
+    process = start(*arguments, "--steps", "500", "--out", str(tmp_path), "--name", "stopped")
+    wait_for(lambda: any(b"multiprocessing.spawn" in command for command in children(process.pid)))
+    os.killpg(process.pid, signal.SIGTERM)
+    _, complaint = process.communicate(timeout=90)
+    assert process.returncode == 143, complaint
+    assert json.loads((tmp_path / "stopped" / "summary.json").read_text())["steps"] == 1
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:

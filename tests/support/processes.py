@@ -94,6 +94,16 @@ def wait_for(condition: Callable[[], bool], within_s: float = 30.0) -> None:
         time.sleep(0.1)
 
 
+def children(pid: int) -> list[bytes]:
+    """Command lines of a process's children."""
+    found = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            with contextlib.suppress(OSError):  # it has ended
+                found.append(Path(f"/proc/{child}/cmdline").read_bytes())
+    return found
+
+
 def shared_memory() -> set[str]:
     """Names in /dev/shm."""
     return set(os.listdir("/dev/shm"))
