@@ -5,8 +5,9 @@ import os
 import signal
 from collections.abc import Iterator, Sized
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import Any, cast
 
 import torch
@@ -97,6 +98,7 @@ def _begin_process(threads: int, parent: int, _number: int) -> None:
 @contextmanager
 def _sigterm_held_back() -> Iterator[None]:
     """Processes started in the block do not end by SIGTERM before they have begun, when they leave this group."""
+    resource_tracker.ensure_running()  # in the block it would let SIGTERM through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         yield
@@ -189,7 +191,7 @@ class MicrobatchLoader:
         """Whatever comes next is of these microbatches, from this step on, counted from 0."""
         self._sampler.run, self._sampler.first_step = run, first_step
         self._prepared = None
-        with _sigterm_held_back():
+        with _sigterm_held_back() if self._loader.num_workers else nullcontext():
             self._batches = iter(self._loader)
 
     def next(self) -> Batch:
