@@ -56,7 +56,7 @@ OPTIONS = {
     "--backend dpp": "--backend: 'dpp' is not one of single, ps, ddp",
     "--microbatches 8": "8 microbatches, but only 4 samples in a minibatch: lower --microbatches or raise --batch-size",
     "--wokers 2": "unknown argument --wokers: did you mean --workers?",
-    "--zzz": "unknown argument --zzz: pushpull train --help lists",
+    "--zzz": "unknown argument --zzz: --help behind the command lists",
     "surplus": "unknown argument surplus",
     "--lr": "--lr: expected one argument",
     "--lr -1": "lr is -1.0: it must be a finite number, 0 or more",
