@@ -19,6 +19,10 @@ from workers.timing import PHASES
 __all__ = ["start_head"]
 
 
+_TRAIN_S = 200.0
+"""Three losses of a node, each with processes that start anew, on cores that may have other work."""
+
+
 def _train(
     tmp_path: Path,
     head: str,
@@ -31,11 +35,14 @@ def _train(
     settings: dict[str, Any] = {**SMALL[task], **SETTINGS}
     options = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in settings.items() if name != "task"]
     options += ["--backend=ps", f"--workers={workers}", f"--address={head}", f"--out={tmp_path}", "--name=run", *more]
-    process = start("train", task, *options)
-    if disturb is not None:
-        wait_for_line(process, "step 2/")
-        disturb(tmp_path / "run")
-    _, complaint = process.communicate(timeout=110)
+    with start("train", task, *options) as process:
+        try:
+            if disturb is not None:
+                wait_for_line(process, "step 2/")
+                disturb(tmp_path / "run")
+            _, complaint = process.communicate(timeout=_TRAIN_S)
+        finally:
+            process.kill()  # one that hangs would be found by a later test
     assert process.returncode == 0, complaint
     return tmp_path / "run"
 
