@@ -1,8 +1,8 @@
 """One slice's optimizer, double-buffered: reads version ``t``, writes version ``t + 1``, never touches ``t``."""
 
 import ctypes
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from paramserver.reduction import Addition
 from paramserver.server_memory import ChunkMemory
 
 __all__ = ["BufferMean", "InOnePass", "SliceOptimizer", "build_slice_optimizer"]
+
+C = TypeVar("C", bound=ctypes.Structure)
 
 
 class InOnePass(Protocol):
@@ -77,6 +79,24 @@ def build_slice_optimizer(
     return cls(values, memory, config, lr_factor)
 
 
+class _Chunks(Generic[C]):
+    """The chunk that was made last for each half that is read: workers push from the same places in every step."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[object, C]] = {}
+
+    def of(self, half: int, about: object, make: Callable[[], C]) -> C:
+        """The last one of ``half`` if it was made for ``about``, whatever decides which memory it names, or a new one.
+
+        What changes from step to step is to be set with ``use_again``.
+        """
+        before, chunk = self._made.get(half, (None, None))
+        if chunk is None or before != about:
+            chunk = make()
+            self._made[half] = (about, chunk)
+        return chunk
+
+
 class BufferMean:
     """Buffers of one slice: the mean of what microbatches changed is added, which is SGD with a learning rate of -1.
 
@@ -88,8 +108,7 @@ class BufferMean:
         self._values = values
         self._fused = fused_sgd()
         self.one_pass: Pass | None = self._fused.function if self._fused else None
-        self._chunks: dict[int, tuple[object, SgdChunk]] = {}
-        """See ``_Sgd``."""
+        self._chunks = _Chunks[SgdChunk]()
 
     def step_sum(self, version: int, total: Tensor, divisor: Tensor, quotient: Tensor) -> None:
         """Write version ``version + 1``; see ``SliceOptimizer.step_sum``."""
@@ -99,24 +118,24 @@ class BufferMean:
         self, version: int, pushed: tuple[int, ...], additions: tuple[Addition, ...], divisor: float, lr: float
     ) -> ctypes.Structure:
         """See ``InOnePass.in_one_pass``; what is not finite is written as it is."""
-        source = version % 2
-        made, chunk = self._chunks.get(source, (None, None))
-        if chunk is not None and made == (pushed, additions):
-            chunk.use_again(divisor, -1.0)
-            return chunk
-        assert self._fused is not None
-        chunk = self._fused.chunk(
-            pushed,
-            additions,
-            (self._values[source], self._values[1 - source]),
-            (None, None),
-            divisor=divisor,
-            lr=-1.0,
-            weight_decay=0.0,
-            momentum=0.0,
-            nesterov=False,
-        )
-        self._chunks[source] = ((pushed, additions), chunk)
+        source, fused = version % 2, self._fused
+        assert fused is not None
+
+        def make() -> SgdChunk:
+            return fused.chunk(
+                pushed,
+                additions,
+                (self._values[source], self._values[1 - source]),
+                (None, None),
+                divisor=divisor,
+                lr=-1.0,
+                weight_decay=0.0,
+                momentum=0.0,
+                nesterov=False,
+            )
+
+        chunk = self._chunks.of(source, (pushed, additions), make)
+        chunk.use_again(divisor, -1.0)
         return chunk
 
 
@@ -138,8 +157,7 @@ class _Sgd:
         self._has_momentum = [bool(count) for count in memory.updates]
         self._fused = fused_sgd()
         self.one_pass: Pass | None = self._fused.function if self._fused else None
-        self._chunks: dict[int, tuple[object, SgdChunk]] = {}
-        """By the half that is read: what the last chunk was made of, and itself. Workers push from the same places."""
+        self._chunks = _Chunks[SgdChunk]()
 
     def step(self, version: int, gradient: Tensor, lr: float) -> None:
         """See ``SliceOptimizer.step``."""
@@ -176,27 +194,24 @@ class _Sgd:
     ) -> ctypes.Structure:
         """See ``InOnePass.in_one_pass``."""
         source, target = version % 2, (version + 1) % 2
-        momentum = self._momentum
-        about = (pushed, additions, self._has_momentum[source])
-        made, chunk = self._chunks.get(source, (None, None))
-        if chunk is not None and made == about:
-            chunk.use_again(divisor, lr * self._lr_factor)
-        else:
-            assert self._fused is not None
-            chunk = self._fused.chunk(
+        momentum, known, fused = self._momentum, self._has_momentum[source], self._fused
+        assert fused is not None
+
+        def make() -> SgdChunk:
+            return fused.chunk(
                 pushed,
                 additions,
                 (self._values[source], self._values[target]),
-                (None, None)
-                if momentum is None
-                else (momentum[source] if self._has_momentum[source] else None, momentum[target]),
+                (None, None) if momentum is None else (momentum[source] if known else None, momentum[target]),
                 divisor=divisor,
                 lr=lr * self._lr_factor,
                 weight_decay=self._config.weight_decay,
                 momentum=self._config.momentum,
                 nesterov=self._config.nesterov,
             )
-            self._chunks[source] = (about, chunk)
+
+        chunk = self._chunks.of(source, (pushed, additions, known), make)
+        chunk.use_again(divisor, lr * self._lr_factor)
         if momentum is not None:
             self._note_momentum(target, known=True)
         return chunk
@@ -244,8 +259,7 @@ class _Adam:
         # From 0.5 on torch rounds the other average another way (ATen's lerp).
         self._fused = fused_adam() if config.betas[0] > 0.5 else None
         self.one_pass: Pass | None = self._fused.function if self._fused else None
-        self._chunks: dict[int, tuple[object, AdamChunk]] = {}
-        """See ``_Sgd``."""
+        self._chunks = _Chunks[AdamChunk]()
         self._states = tuple(
             {"step": count, **vectors} for count, vectors in zip(memory.updates, memory.vectors, strict=True)
         )
@@ -273,13 +287,11 @@ class _Adam:
         """See ``InOnePass.in_one_pass``."""
         source, target = version % 2, (version + 1) % 2
         before, after = self._states[source], self._states[target]
-        step = float(before["step"]) + 1
-        made, chunk = self._chunks.get(source, (None, None))
-        if chunk is not None and made == (pushed, additions):
-            chunk.use_again(divisor, step, lr * self._lr_factor)
-        else:
-            assert self._fused is not None
-            chunk = self._fused.chunk(
+        step, fused = float(before["step"]) + 1, self._fused
+        assert fused is not None
+
+        def make() -> AdamChunk:
+            return fused.chunk(
                 pushed,
                 additions,
                 (self._values[source], self._values[target]),
@@ -293,7 +305,9 @@ class _Adam:
                 weight_decay=self._config.weight_decay,
                 decoupled=self._config.name == "adamw",
             )
-            self._chunks[source] = ((pushed, additions), chunk)
+
+        chunk = self._chunks.of(source, (pushed, additions), make)
+        chunk.use_again(divisor, step, lr * self._lr_factor)
         after["step"].fill_(step)
         return chunk
 

@@ -1,7 +1,7 @@
 """The server's side of shared memory: one thread that owns the ``Server``, talks to workers and hands out slices.
 
 All of the server's state is touched by this thread alone; others (Ray's calls, the vote) reach it by ``call``. While it
-updates, helper threads take slices from the same list, since torch lets go of the interpreter in every operation.
+updates, helper threads share one pass with it or take slices from the same list: neither needs the interpreter.
 """
 
 import contextlib
@@ -332,9 +332,7 @@ class Hub:
                 if thread == 0:
                     self._tell_written(version)
 
-        if len(parts) == 1:
-            work(0)  # others would come too late
-        elif parts:
+        if parts:
             self._team.run(work)
         self._look("update")  # others may have been quicker with all there was
         self._tell_written(version)  # of what other threads wrote last
