@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 _MEETING_S = 3e-3
 """Time for every rank to hear of the instant."""
@@ -69,7 +70,12 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
         # Gloo looks its interface up by the host's name, which need not resolve to anything that is there.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    limit = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(rendezvous("env://", timeout=limit))
+    # torchrun keeps its store when it starts ranks again: those would find addresses of the ones before them.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.PrefixStore(f"restart-{restart}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=limit)
     try:
         yield
     finally:

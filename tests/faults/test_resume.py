@@ -138,3 +138,15 @@ def test_a_driver_killed_in_the_first_a_middle_and_the_last_step(
     assert ledger_of(folder) == ledger_of(want.folder)
     assert losses_of(folder) == losses_of(want.folder)
     assert gone(ray_folders() - folders) == []
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again_find_each_other_and_end_with_the_same_bits(tmp_path: Path) -> None:
+    """As ``bench kill`` does it, beside ``ps``."""
+    process = start("bench", "kill", "--image-size=64", "--json", cwd=tmp_path)
+    printed, complaint = process.communicate(timeout=300)
+    assert process.returncode == 0, complaint
+    found = json.loads(printed)
+    assert found["ps"]["bits_equal"]
+    assert found["ddp"]["bits_equal"]
+    assert found["ps"]["committed_steps_computed_again"] == 0
