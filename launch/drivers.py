@@ -72,7 +72,7 @@ def _single(run: Resolved, resume: State | None) -> Iterator[Running]:
     with stop_on_sigterm() as stop:
         worker, backend = build_single_worker(run.task, run.worker, run.optimizer, run.servers, stop, resume)
         processes = [Process(role, 0, os.getpid(), "local") for role in ("driver", "worker")]
-        with closing(backend):
+        with closing(backend), closing(worker):
             yield Running(worker.run(), lambda _: backend.state(), processes)
 
 
@@ -87,7 +87,7 @@ def _ddp(run: Resolved, resume: State | None) -> Iterator[Running]:
     ):
         worker, backend = build_ddp_worker(run.task, config, run.optimizer, run.servers, stop, resume)
         processes = [Process("worker", index, pid, "local") for index, pid in enumerate(backend.gather_pids())]
-        with closing(backend):
+        with closing(backend), closing(worker):
             yield Running(worker.run(), lambda _: backend.state(), processes)
 
 

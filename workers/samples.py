@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from models.errors import TaskError
 from models.registry import Packed, pack
 from models.task import Batch, Sample, Task
-from paramserver.errors import ConfigError
+from paramserver.errors import ConfigError, PushPullError
 from workers.config import WorkerConfig
 from workers.minibatch import MinibatchPlan
 from workers.seeding import seeded
@@ -206,12 +206,29 @@ class MicrobatchLoader:
         if self._prepared is None:
             self._prepared = Future()
             try:
-                drawn = next(self._batches)
+                drawn = self._drawn()
                 if isinstance(drawn, Exception):
                     raise drawn
                 self._prepared.set_result(cast(Batch, drawn))
             except Exception as error:
                 self._prepared.set_exception(error)
+
+    def _drawn(self) -> Any:
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise PushPullError(
+                f"{str(error).splitlines()[0]}: it may have run out of memory or been killed; "
+                "--loader-processes 0 draws samples without any"
+            ) from error
+
+    def close(self) -> None:
+        """End the loader processes; what an interpreter that exits finds alive it terminates, with a traceback."""
+        self._prepared = None
+        self._batches = iter(())
+        del self._loader  # its iterator goes with it, and the processes with that
 
 
 def build_loader(task: Task, config: WorkerConfig) -> MicrobatchLoader:

@@ -85,6 +85,10 @@ class Worker:
             if report.stop or report.commit.leave:
                 return
 
+    def close(self) -> None:
+        """End what draws its samples."""
+        self._loader.close()
+
     def _enter(self, stage: str) -> None:
         self._backend.note(self._at, stage)
         if self._faults is not None and self._faults.at(self._at, stage) == "nan":

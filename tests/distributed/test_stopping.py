@@ -53,6 +53,7 @@ def test_sigterm_to_the_whole_group_ends_a_run_as_well(tmp_path: Path, backend: 
     os.killpg(process.pid, signal.SIGTERM)
     _, complaint = process.communicate(timeout=90)
     assert process.returncode == 143, complaint
+    assert "Traceback" not in complaint
     steps = json.loads((tmp_path / "stopped" / "summary.json").read_text())["steps"]
     assert (tmp_path / "stopped" / "checkpoints" / f"step_{steps}" / "meta.json").exists()
     assert gone(ray_folders() - folders) == []

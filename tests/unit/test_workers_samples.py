@@ -5,6 +5,7 @@ import os
 import select
 import subprocess
 import sys
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from models.errors import DataError
 from models.options import TaskOptions
 from models.registry import build_task
 from models.task import Batch, Task
-from paramserver.errors import ConfigError
+from paramserver.errors import ConfigError, PushPullError
 from workers.config import PlanConfig
 from workers.minibatch import MinibatchPlan
 from workers.samples import MicrobatchLoader
@@ -76,6 +77,16 @@ def test_a_data_set_that_cannot_be_sent_is_named_with_the_remedy() -> None:
         MicrobatchLoader(task, dataset, PLAN, processes=1)
 
 
+def test_loader_processes_end_with_the_loader() -> None:
+    before = set(active_children())
+    loader = _loader(build_task("ssd", TaskOptions(image_size=(64, 64), synthetic_train=12)), 2)
+    loader.begin(range(2), 0)
+    loader.next()
+    assert len(set(active_children()) - before) == 2
+    loader.close()
+    assert set(active_children()) <= before
+
+
 PROGRAM = """
 import multiprocessing, sys
 from tests.unit.test_workers_samples import PLAN, _loader
@@ -89,6 +100,16 @@ if __name__ == "__main__":
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     sys.stdin.read()
 """
+
+
+def test_a_loader_process_that_is_killed_is_named_with_the_remedy() -> None:
+    before = set(active_children())
+    loader = _loader(build_task("ssd", TaskOptions(image_size=(64, 64), synthetic_train=12)), 1)
+    loader.begin(range(2), 0)
+    (process,) = set(active_children()) - before
+    process.kill()  # it has begun nothing yet
+    with pytest.raises(PushPullError, match=r"^DataLoader worker .*--loader-processes 0 .*$"):
+        loader.next()
 
 
 def test_they_end_with_a_worker_that_is_killed(tmp_path: Path) -> None:
