@@ -15,7 +15,7 @@ from launch.recorder import read_steps
 from launch.resolve import Resolved
 from launch.signals import stop_on_sigterm
 from paramserver.state import State
-from workers.assembly import build_ddp_worker, build_parts, build_single_worker
+from workers.assembly import build_ddp_worker, build_single_worker, describe
 from workers.device import update_threads
 from workers.faults import NO_FAULTS, Faults
 from workers.process_group import process_group, torchrun_rank
@@ -133,8 +133,9 @@ def _param_server(
     in_session: bool,
 ) -> Iterator[Running]:
     config, total = run.config, run.worker.plan.steps
-    parts = build_parts(run.task, replace(run.worker, device="cpu"), run.optimizer, run.servers)
-    workers, model_bytes = run.worker.num_workers, 4 * parts.partition.length
+    torch.set_num_threads(run.worker.threads)  # as in the other backends: what is merged here may depend on it
+    partition, initial = describe(run.task, run.worker, run.optimizer, run.servers)[1:]
+    workers, model_bytes = run.worker.num_workers, 4 * partition.length
     most = max(workers, *faults.scaling.values(), 0)
     session = (
         nullcontext()
@@ -166,11 +167,11 @@ def _param_server(
             verify_every=config.verify_every,
             step_timeout_s=config.step_timeout,
         )
-        initial = resume or parts.state
+        initial = resume or initial
         with Coordinator(
             run.source,
             cluster,
-            parts.partition,
+            partition,
             initial,
             restore=lambda: restore() or initial,
             on_event=on_event,

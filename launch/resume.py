@@ -8,7 +8,7 @@ from launch.resolve import Resolved
 from launch.run_folder import AUTO, RunFolder
 from paramserver.errors import CheckpointError, ConfigError
 from paramserver.state import State
-from workers.assembly import build_parts
+from workers.assembly import describe
 from workers.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from workers.weights import fit_weights, read_weights, with_weights
 
@@ -42,13 +42,12 @@ def _from_weights(resolved: Resolved) -> tuple[State | None, list[str]]:
     """The initial state with ``--weights``, if there are any."""
     if (file := resolved.config.weights) is None:
         return None, []
-    worker = replace(resolved.worker, device="cpu")
-    parts = build_parts(resolved.task, worker, resolved.optimizer, resolved.servers)
-    aliases = getattr(parts.replica.model, "weight_aliases", {})
-    fitted = fit_weights(parts.state.state_dict(), read_weights(Path(file)), aliases)
+    model, _, state = describe(resolved.task, resolved.worker, resolved.optimizer, resolved.servers)
+    aliases = getattr(model, "weight_aliases", {})
+    fitted = fit_weights(state.state_dict(), read_weights(Path(file)), aliases)
     if not fitted.values:
         raise ConfigError(f"--weights {file}: no key of it fits the model; {fitted.describe()}")
-    return with_weights(parts.state, fitted), [f"weights   {file}: {fitted.describe()}"]
+    return with_weights(state, fitted), [f"weights   {file}: {fitted.describe()}"]
 
 
 def newest_intact(path: Path, resolved: Resolved) -> tuple[State, list[str]]:

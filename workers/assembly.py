@@ -27,13 +27,23 @@ from workers.single import SingleBackend
 from workers.worker import Worker
 
 __all__ = [
+    "Described",
     "Parts",
     "build_ddp_worker",
     "build_model",
     "build_param_server_worker",
     "build_parts",
     "build_single_worker",
+    "describe",
 ]
+
+
+class Described(NamedTuple):
+    """A model, how it is cut, and its initial state."""
+
+    model: nn.Module
+    partition: Partition
+    state: State
 
 
 class Parts(NamedTuple):
@@ -53,13 +63,23 @@ def build_model(task: Task, config: WorkerConfig) -> nn.Module:
     return model
 
 
-def build_parts(task: Task, config: WorkerConfig, optimizer: OptimizerConfig, servers: ServerConfig) -> Parts:
-    """Build the model, move it to its device, and carve it into a flat vector."""
-    device = setup_device(config)
+def describe(
+    task: Task,
+    config: WorkerConfig,
+    optimizer: OptimizerConfig,
+    servers: ServerConfig,
+    device: torch.device | None = None,
+) -> Described:
+    """Build the model in its memory format, and cut it. For whoever does not train: the process stays as it is."""
     model = build_model(task, config)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-    partition, state = describe_model(model, optimizer, servers)
+    return Described(model, *describe_model(model, optimizer, servers))
+
+
+def build_parts(task: Task, config: WorkerConfig, optimizer: OptimizerConfig, servers: ServerConfig) -> Parts:
+    """Build the model, move it to its device, and carve it into a flat vector."""
+    model, partition, state = describe(task, config, optimizer, servers, setup_device(config))
     if config.compile:
         compile_model(model)
     return Parts(Replica(model, partition), partition, state)

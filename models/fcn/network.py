@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-__all__ = ["FCN", "MIN_SIZE", "FullyConvolutional", "bilinear_kernel", "check_size"]
+__all__ = ["FCN", "MIN_SIZE", "FullyConvolutional", "bilinear_kernel", "check_size", "enlarged"]
 
 MIN_SIZE = 32
 """Smallest height and width of an image in pixels: one cell of the last feature map."""
@@ -95,3 +95,31 @@ def bilinear_kernel(num_channels: int, kernel_size: int) -> Tensor:
     channels = torch.arange(num_channels)
     weight[channels, channels] = ramp[:, None] * ramp[None, :]
     return weight
+
+
+def enlarged(scores_NKhw: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear upsampling in float32 as two matrix products.
+
+    Matches ``F.interpolate`` with ``align_corners=False`` but for rounding. That one has no reproducible backward on
+    CUDA: asked for one, it gathers and scatters every value four times.
+
+    Args:
+        scores_NKhw: float.
+        height: of the result.
+        width: of the result.
+
+    Returns:
+        (N, K, height, width) float32 in channels-last order.
+    """
+    with torch.autocast(scores_NKhw.device.type, enabled=False):
+        rows = scores_NKhw.float().permute(0, 2, 3, 1)
+        wide_NhWK = _ramps(rows.shape[2], width, rows.device) @ rows
+        whole = _ramps(rows.shape[1], height, rows.device) @ wide_NhWK.flatten(2)
+        return whole.view(len(rows), height, width, -1).permute(0, 3, 1, 2)
+
+
+def _ramps(cells: int, length: int, device: torch.device) -> Tensor:
+    """(length, cells): how much of each cell's value is in each of ``length`` points."""
+    centres = (torch.arange(length, dtype=torch.float32, device=device) + 0.5) * (cells / length) - 0.5
+    distances = centres.clamp_(0, cells - 1)[:, None] - torch.arange(cells, device=device)
+    return (1 - distances.abs_()).clamp_(min=0)

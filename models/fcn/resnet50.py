@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torchvision.models.segmentation import fcn_resnet50 as torchvision_fcn
 
-from models.fcn.network import check_size
+from models.fcn.network import check_size, enlarged
 
 __all__ = ["FCNResNet50"]
 
@@ -35,11 +35,7 @@ class FCNResNet50(nn.Module):
         height, width = images_N3HW.shape[-2:]
         check_size(height, width)
         maps = self.backbone(images_N3HW)
-        logits_NKHW = _enlarged(self.classifier(maps["out"]), height, width)
+        logits_NKHW = enlarged(self.classifier(maps["out"]), height, width)
         if not self.training:
             return logits_NKHW
-        return logits_NKHW, _enlarged(self.aux_classifier(maps["aux"]), height, width)
-
-
-def _enlarged(scores_NKhw: Tensor, height: int, width: int) -> Tensor:
-    return nn.functional.interpolate(scores_NKhw, size=(height, width), mode="bilinear", align_corners=False)
+        return logits_NKHW, enlarged(self.aux_classifier(maps["aux"]), height, width)

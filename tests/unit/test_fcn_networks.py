@@ -7,6 +7,7 @@ from torchvision.models import vgg16
 from torchvision.models.segmentation import fcn_resnet50 as torchvision_fcn
 
 from models.data.voc_classes import VOID
+from models.fcn.network import enlarged
 from models.fcn.networks import NETWORKS
 from models.fcn.resnet50 import FCNResNet50
 from models.fcn.task import FCNTask
@@ -46,6 +47,20 @@ def test_upsampling_starts_as_bilinear_interpolation(fcn8s: FCNVGG, factor: int)
     rim = factor // 2  # where a transposed convolution fades to zero instead of repeating the last cell
     interior = (..., slice(rim, -rim), slice(rim, -rim))
     torch.testing.assert_close(layer(scores)[interior], expected[interior], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(5, 6), (40, 45), (33, 95), (3, 4)])
+def test_enlarged_is_interpolation_with_its_gradient(size: tuple[int, int]) -> None:
+    scores = torch.randn(2, 3, 5, 6, requires_grad=True)
+    upstream = torch.randn(2, 3, *size)
+    expected = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+    (gradient,) = torch.autograd.grad(expected, scores, upstream)
+    found = enlarged(scores, *size)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, scores, upstream)[0], gradient)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(enlarged(scores, *size), expected)
 
 
 @torch.no_grad()
