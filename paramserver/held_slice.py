@@ -197,15 +197,16 @@ class HeldSlice:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def snapshot(self, version: int) -> SliceSnapshot:
-        """Copies of values and optimizer state at ``version``."""
+    def snapshot(self, version: int, *, copy: bool = True) -> SliceSnapshot:
+        """Values and optimizer state at ``version``, copied unless they are read before anything is updated."""
         parts = [optimizer.state(version) for optimizer in self._optimizers]
         names = parts[0] if parts else {}
         state = {
-            name: torch.cat([part[name] for part in parts]) if value.ndim else value.clone()
+            name: torch.cat([part[name] for part in parts]) if value.ndim and len(parts) > 1 else value
             for name, value in names.items()
         }
-        return SliceSnapshot(self.values[version % 2].clone(), state)
+        shown = SliceSnapshot(self.values[version % 2], state)
+        return shown.copied() if copy else shown
 
 
 def non_finite_gradient(key: str, step: int) -> NonFiniteGradient:

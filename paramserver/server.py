@@ -387,12 +387,12 @@ class Server:
         """Give a held version free; one that is not held stays so."""
         self._holds[version] = max(0, self._holds[version] - 1)
 
-    def snapshot(self, version: int) -> ServerSnapshot:
-        """Copies of everything at ``version``."""
+    def snapshot(self, version: int, *, copy: bool = True) -> ServerSnapshot:
+        """Everything at ``version``; without ``copy`` only until the next update."""
         self._check_readable(version)
         return ServerSnapshot(
             version=version,
-            slices={index: held.snapshot(version) for index, held in self._slices.items()},
+            slices={index: held.snapshot(version, copy=copy) for index, held in self._slices.items()},
             integers={name: value.clone() for name, value in self._integers[version].items()},
             constants=self._constants,
         )

@@ -1,6 +1,6 @@
 """The state of a run by key: what a checkpoint holds. Knows no slices and no servers, so any number can resume it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,10 +41,14 @@ class State:
 
 
 class SliceSnapshot(NamedTuple):
-    """Copies of one slice at one version."""
+    """One slice at one version."""
 
     values: Tensor
     optimizer: Mapping[str, Tensor]
+
+    def copied(self) -> "SliceSnapshot":
+        """The same, in memory of its own."""
+        return SliceSnapshot(self.values.clone(), {name: value.clone() for name, value in self.optimizer.items()})
 
 
 class ServerSnapshot(NamedTuple):
@@ -67,35 +71,41 @@ def assemble(partition: Partition, snapshots: Iterable[ServerSnapshot]) -> State
     if len(versions) != 1:
         raise ReplicaMismatch(f"servers gave versions {sorted(versions)} of one state")
     slices = {index: snapshot for part in parts for index, snapshot in part.slices.items()}
-    flat = torch.empty(partition.length)
-    for piece in partition.slices:
-        flat[piece.start : piece.stop] = slices[piece.index].values
-    values = {name: view.clone() for name, view in partition.unflatten(flat).items()}
     return State(
         version=versions.pop(),
-        values=values,
+        values=_by_key(partition.keys, partition, {index: snapshot.values for index, snapshot in slices.items()}),
         integers={name: value for part in parts for name, value in part.integers.items()},
         constants={name: value for part in parts for name, value in part.constants.items()},
         optimizer=_optimizer_by_key(partition, slices),
     )
 
 
+def _by_key(keys: Sequence[Key], partition: Partition, vectors: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """Tensors in the keys' shapes and strides, out of vectors by slice."""
+    flats = {key.name: torch.zeros(key.numel) for key in keys}
+    for index, vector in vectors.items():
+        first = partition.slices[index].start
+        for key, start, stop in partition.pieces[index]:
+            place = first + start - key.offset
+            flats[key.name][place : place + stop - start] = vector[start:stop]
+    return {key.name: flats[key.name].as_strided(key.shape, key.stride) for key in keys}
+
+
 def _optimizer_by_key(partition: Partition, slices: Mapping[int, SliceSnapshot]) -> dict[str, dict[str, Tensor]]:
-    flats: dict[str, Tensor] = {}
     by_key: dict[str, dict[str, Tensor]] = {}
+    vectors: dict[str, dict[int, Tensor]] = {}
     for piece in partition.slices:
         for name, value in slices[piece.index].optimizer.items():
-            if value.ndim == 0:
-                for key, _, _ in partition.pieces[piece.index]:
-                    by_key.setdefault(key.name, {})[name] = value
+            if value.ndim:
+                vectors.setdefault(name, {})[piece.index] = value
                 continue
-            if name not in flats:
-                flats[name] = torch.zeros(partition.length)
-            flats[name][piece.start : piece.stop] = value
-    for name, flat in flats.items():
-        for key in partition.keys:
-            if key.group != BUFFERS:
-                by_key.setdefault(key.name, {})[name] = key.view(flat).clone()
+            scalar = value.clone()
+            for key, _, _ in partition.pieces[piece.index]:
+                by_key.setdefault(key.name, {})[name] = scalar
+    trained = [key for key in partition.keys if key.group != BUFFERS]
+    for name, found in vectors.items():
+        for key_name, value in _by_key(trained, partition, found).items():
+            by_key.setdefault(key_name, {})[name] = value
     return by_key
 
 

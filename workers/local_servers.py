@@ -44,4 +44,4 @@ class LocalServers:
 
     def state(self) -> State:
         """A copy of everything at the committed version."""
-        return assemble(self._partition, [self._server.snapshot(self._server.version)])
+        return assemble(self._partition, [self._server.snapshot(self._server.version, copy=False)])
