@@ -46,7 +46,9 @@ def book_functions(path: Path) -> dict[str, Any]:
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in _FUNCTIONS]
     space: dict[str, Any] = {"torch": torch, "d2l": None}
     exec(compile(tree, str(path), "exec"), space)
-    space["d2l"] = argparse.Namespace(**{name: space[name] for name in _FUNCTIONS})
+    # What the package calls torch's own functions.
+    aliases = {name: getattr(torch, name) for name in ("concat", "exp", "log", "stack", "tensor")}
+    space["d2l"] = argparse.Namespace(**aliases, **{name: space[name] for name in _FUNCTIONS})
     return space
 
 
@@ -87,7 +89,7 @@ def book_step(net: BookSSD, functions: dict[str, Any], images: Tensor, labels: T
         loss.mean().backward()
         trainer.step()
         float((class_preds.argmax(dim=-1).type(class_labels.dtype) == class_labels).sum())
-        float(torch.abs((box_labels - box_preds) * box_masks).sum())
+        float(torch.abs((box_labels - box_preds.detach()) * box_masks).sum())
         return float(loss.mean())
 
     return step
