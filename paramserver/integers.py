@@ -76,14 +76,20 @@ class IntegerBlock(Mapping[str, Tensor]):
         host = self._content.cpu() if self._content.is_cuda else self._content
         return ctypes.string_at(host.data_ptr(), host.numel())
 
-    def snap(self) -> "IntegerBlock":
-        """The buffers as they are now, on the CPU."""
+    def snap(self, *, later: bool = False) -> "IntegerBlock":
+        """The buffers as they are now, on the CPU; with ``later`` a GPU's come once it has come here."""
+        if later and self.data.is_cuda:
+            host = torch.empty(self.data.shape, dtype=torch.uint8, pin_memory=True)
+            return IntegerBlock(self.layout, host.copy_(self.data, non_blocking=True))
         return IntegerBlock(self.layout, self.to_bytes())
 
     def assign(self, other: Mapping[str, Tensor]) -> None:
         """Copy the buffers of ``other`` into this block's."""
         if isinstance(other, IntegerBlock) and other.layout == self.layout and not self.data.is_cuda:
             ctypes.memmove(self.data.data_ptr(), other.to_bytes(), self.data.numel())
+            return
+        if isinstance(other, IntegerBlock) and other.layout == self.layout:
+            self.data.copy_(other.data)
             return
         for name, value in other.items():
             self[name].copy_(value)

@@ -1,13 +1,13 @@
 """The seam between the training loop and how gradients become the next version."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import nn
 
 from models.task import Metric
-from paramserver.messages import Commit, MicrobatchStats
+from paramserver.messages import Commit
+from workers.counted import Counted
 from workers.timing import PhaseTimer
 
 __all__ = ["Backend"]
@@ -30,13 +30,10 @@ class Backend(Protocol):
         ``last`` says that no non-empty microbatch of this worker follows in this step.
         """
 
-    def forwarded(self, samples: int, stats: Callable[[], MicrobatchStats]) -> None:
-        """Between forward and backward of a microbatch, whose buffers are final.
+    def forwarded(self, counted: Counted) -> None:
+        """Between forward and backward of a microbatch, whose buffers are final, with what it counted."""
 
-        ``stats`` reads what it counted; where a GPU computes, that waits for it, so it is called only if needed.
-        """
-
-    def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
+    def contribute(self, counted: Counted, timer: PhaseTimer) -> None:
         """Stage 4, after each backward: take the gradients out of the replica; empty microbatches count as zero."""
 
     def push(self, timer: PhaseTimer) -> None:

@@ -19,6 +19,7 @@ from paramserver.messages import Commit, MicrobatchStats
 from paramserver.reduction import Node, TreeSum
 from paramserver.state import State
 from paramserver.transport.in_process import InProcessTransport
+from workers.counted import Counted
 from workers.local_servers import LocalServers
 from workers.replica import Replica
 from workers.timing import PHASES, PhaseTimer
@@ -117,14 +118,16 @@ class DdpBackend:
         self._synchronised |= last
         self._backward_done_at = time.perf_counter()
 
-    def forwarded(self, samples: int, stats: Callable[[], MicrobatchStats]) -> None:
+    def forwarded(self, counted: Counted) -> None:
         """See ``Backend.forwarded``: DDP needs nothing before backward."""
 
     def ahead(self) -> None:
         """See ``Backend.ahead``: every rank has everything at once."""
 
-    def contribute(self, stats: MicrobatchStats, timer: PhaseTimer) -> None:
+    def contribute(self, counted: Counted, timer: PhaseTimer) -> None:
         """See ``Backend.contribute``: gradients stay where DDP sums them, only buffers are taken."""
+        with timer.phase("compute"):
+            stats = counted.read()
         with timer.phase("reduce"):
             leaf = self._replica.new_buffer_part()
             if stats.samples and self._replica.has_buffers:

@@ -65,7 +65,9 @@ class GradientSums:
         run: its microbatches.
         num_microbatches: ``M``.
         allocate: makes a zeroed flat (length,) vector for a maximal node; those that are never sent are made here.
-        on_key: called with the index of each parameter whose gradient was just put away, while backward goes on.
+        on_key: called with the index of each parameter whose gradient has just come, while backward goes on.
+        together: whether gradients are put away at ``settle``, all at once: on a GPU, where a kernel for each costs
+            more than the work; not on a CPU, which has them in its caches at once alone. None: by the replica's device.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class GradientSums:
         num_microbatches: int,
         allocate: Callable[[], Tensor],
         on_key: Callable[[int], None] = lambda _: None,
+        *,
+        together: bool | None = None,
     ) -> None:
         self._replica = replica
         self._run = run
@@ -85,6 +89,8 @@ class GradientSums:
         self._views = [tuple(key.view(vector) for vector in self.vectors) for key, _ in replica.parameters]
         self._buffers = replica.new_buffer_part() if replica.has_buffers else None
         self._open: Deposit | None = None
+        self._together = replica.device.type == "cuda" if together is None else together
+        self._waiting: list[tuple[int, Tensor]] = []
         self._on_key = on_key
         self._counted = False
         self._done = [False] * len(replica.parameters)
@@ -106,11 +112,27 @@ class GradientSums:
                     "use use_reentrant=False"
                 )
             self._done[index] = True
-            self._put(self._open, self._views[index], parameter.grad)  # autograd has gradients off here
+            if self._together and parameter.grad is not None:
+                self._waiting.append((index, parameter.grad))
+            else:
+                self._put(self._open, self._views[index], parameter.grad)  # autograd has gradients off here
             parameter.grad = None
             self._on_key(index)
 
         return take
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """See that all gradients that came are in their vectors, before those are read."""
+        if not self._waiting:
+            return
+        assert self._open is not None
+        waiting, self._waiting = self._waiting, []
+        vectors = [[self._views[index][number] for index, _ in waiting] for number in range(len(self.vectors))]
+        put = torch._foreach_add_ if self._open.add else torch._foreach_copy_
+        put(vectors[self._open.vector], [gradient for _, gradient in waiting])
+        for into, source in self._open.merges:
+            torch._foreach_add_(vectors[into], vectors[source])
 
     def close(self) -> None:
         """Take the hooks out of the model again, and drop what an interrupted backward has left."""
@@ -122,6 +144,7 @@ class GradientSums:
     def begin(self, microbatch: int) -> Deposit:
         """The next backward is that of ``microbatch``; gives what will happen with its gradients."""
         self._open = self._deposits[microbatch - self._run.start]
+        self._waiting.clear()
         self._done = [False] * len(self._done)
         self._counted = False
         return self._open
@@ -154,6 +177,7 @@ class GradientSums:
         """After the backward of ``microbatch``, if it has samples: buffers, and keys without a gradient."""
         if not samples:
             self.begin(microbatch)
+        self.settle()
         if not all(self._done):
             self._put_zeros()
         if not self._counted:

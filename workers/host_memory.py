@@ -1,6 +1,6 @@
 """Between a replica and the host memory in which servers read sums and write versions; on a CPU they are the same."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,14 +8,18 @@ from torch import Tensor
 from paramserver.client import Client
 from paramserver.errors import ConfigError
 from paramserver.partition import Slice
+from workers.gates import Gates
+from workers.queued_versions import QueuedVersions, ranges
 from workers.replica import Replica
 
 __all__ = ["HostMemory", "PinnedMemory", "host_memory"]
 
 
-def host_memory(replica: Replica, client: Client) -> "HostMemory":
-    """The kind that the replica's device needs."""
-    return HostMemory(replica, client) if replica.device.type == "cpu" else PinnedMemory(replica, client)
+def host_memory(replica: Replica, client: Client, *, queues: bool = False) -> "HostMemory":
+    """The kind that the replica's device needs; ``queues``: see ``PinnedMemory``."""
+    if replica.device.type == "cpu":
+        return HostMemory(replica, client)
+    return PinnedMemory(replica, client, queues=queues)
 
 
 class HostMemory:
@@ -28,6 +32,8 @@ class HostMemory:
 
     copies = False
     """Whether sums are copied to where servers read them."""
+    queues = False
+    """Whether ``show`` makes the device wait for the version expected, and not the host."""
 
     def __init__(self, replica: Replica, client: Client) -> None:
         self._replica = replica
@@ -45,11 +51,23 @@ class HostMemory:
         """Begin to bring slices of a ``new_sum`` to ``on_host``; what it returns waits until they are there."""
         return _nothing
 
-    def expect(self, version: int) -> None:
-        """All is pushed: ``version`` comes next. What can be done for its ``pull`` is done while servers work."""
+    def computed(self) -> Callable[[], None]:
+        """What waits until the device is done with all that was asked of it before this call."""
+        return _nothing
+
+    def expect(self, version: int, groups: Sequence[Sequence[Slice]]) -> None:
+        """All is pushed: ``version`` comes next. What can be done for its ``pull`` is done while servers work.
+
+        Args:
+            version: the next one.
+            groups: all slices, in the order in which they were pushed.
+        """
         vector = self._client.vector(version)
         if vector is not None:
             self._replica.point_to(vector)
+
+    def settle(self) -> None:
+        """Wait for what ``expect`` has begun to wait for elsewhere."""
 
     def begin_thread(self) -> None:
         """To be called first in another thread that waits for what is sent."""
@@ -72,6 +90,9 @@ class HostMemory:
         """Wait until slices stand at ``version`` in the replica."""
         self._client.await_slices(version, slices)
 
+    def release(self) -> None:
+        """Let nothing wait any more for what is expected: the client is closed after this, and ``close`` follows."""
+
     def close(self) -> None:
         """Give everything back."""
 
@@ -80,24 +101,30 @@ def _nothing() -> None: ...
 
 
 class PinnedMemory(HostMemory):
-    """A GPU's: sums go down on a stream of their own while backward computes, versions come up on the replica's stream.
+    """A GPU's: sums go down on a stream of their own while backward computes, versions come up on another one.
 
     Nothing waits for the whole device: kernels that read what was brought are queued behind the copy, and who sends
     waits for the event behind it. A version's memory is not written again before this worker's next push, which waits
     for kernels that come after the copy; a sum's is not before the commit.
+
+    Args:
+        replica: the model.
+        client: its way to the servers.
+        queues: whether versions are to be queued before they are committed, where that is possible.
     """
 
     copies = True
 
-    def __init__(self, replica: Replica, client: Client) -> None:
+    def __init__(self, replica: Replica, client: Client, *, queues: bool = False) -> None:
         super().__init__(replica, client)
         self._stream = torch.cuda.Stream(replica.device)  # type: ignore[no-untyped-call]
         self._twins: dict[int, Tensor] = {}
         self._pinned: list[Tensor] = []
-        for version in (0, 1):
-            vector = client.vector(version)
-            if vector is not None:
-                self._pin(vector)
+        host = [self._pin(vector) for version in (0, 1) if (vector := client.vector(version)) is not None]
+        self._queued: QueuedVersions | None = None
+        if queues and len(host) == 2 and Gates.exist():
+            self._queued = QueuedVersions(replica, client, (host[0], host[1]), self.begin_thread)
+        self.queues = self._queued is not None
 
     def _pin(self, vector: Tensor) -> Tensor:
         """The vector, with its pages locked: only then a copy does not wait.
@@ -131,14 +158,23 @@ class PinnedMemory(HostMemory):
         host = self.on_host(vector)
         self._stream.wait_stream(torch.cuda.current_stream(self._replica.device))
         with torch.cuda.stream(self._stream):
-            for start, stop in _runs(slices):
+            for start, stop in ranges(slices):
                 host[start:stop].copy_(vector[start:stop], non_blocking=True)
-            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # servers want the core
-            done.record(self._stream)
-        return done.synchronize
+            return _wait_for(self._stream)
 
-    def expect(self, version: int) -> None:
-        """See ``HostMemory.expect``: kernels under way still read what stands here."""
+    def computed(self) -> Callable[[], None]:
+        """See ``HostMemory.computed``."""
+        return _wait_for(torch.cuda.current_stream(self._replica.device))
+
+    def expect(self, version: int, groups: Sequence[Sequence[Slice]]) -> None:
+        """See ``HostMemory.expect``: kernels under way still read what stands in the replica."""
+        if self._queued is not None:
+            self._queued.expect(version, groups)
+
+    def settle(self) -> None:
+        """See ``HostMemory.settle``."""
+        if self._queued is not None:
+            self._queued.settle()
 
     def begin_thread(self) -> None:
         """See ``HostMemory.begin_thread``: it would use the first GPU."""
@@ -149,38 +185,38 @@ class PinnedMemory(HostMemory):
         read = self._client.read(version)
         if read is None:
             return self._client.pull(version, self._replica.values)
-        self._replica.values.copy_(read[0], non_blocking=True)
+        if self._queued is not None:
+            self._queued.show(version)
+        if self._queued is None or self._queued.expected != version:
+            self._replica.values.copy_(read[0], non_blocking=True)
         return read[1]
 
     def show(self, version: int) -> None:
-        """See ``HostMemory.show``: the replica's own memory takes the new version up, slice by slice."""
+        """See ``HostMemory.show``."""
+        assert self._queued is not None
+        self._queued.show(version)
 
     def bring(self, version: int, slices: Sequence[Slice]) -> None:
-        """See ``HostMemory.bring``: the copies are queued when this returns."""
-        super().bring(version, slices)
-        vector = self._client.vector(version)
-        assert vector is not None
-        for start, stop in _runs(slices):
-            self._replica.values[start:stop].copy_(vector[start:stop], non_blocking=True)
+        """See ``HostMemory.bring``: the device waits itself."""
+
+    def release(self) -> None:
+        """See ``HostMemory.release``."""
+        if self._queued is not None:
+            self._queued.release()
 
     def close(self) -> None:
         """See ``HostMemory.close``: pages stay locked until no copy can need them."""
         torch.cuda.synchronize(self._replica.device)
+        if self._queued is not None:
+            self._queued.close()
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         for vector in self._pinned:
             cudart.cudaHostUnregister(vector.data_ptr())
         self._pinned.clear()
 
 
-def _runs(slices: Sequence[Slice]) -> Iterator[tuple[int, int]]:
-    """Slices as ranges of the flat vector; neighbours are one."""
-    ordered = sorted((piece.start, piece.stop) for piece in slices)
-    for index, (start, stop) in enumerate(ordered):
-        if index and ordered[index - 1][1] == start:
-            continue
-        end = stop
-        for later_start, later_stop in ordered[index + 1 :]:
-            if later_start != end:
-                break
-            end = later_stop
-        yield start, end
+def _wait_for(stream: torch.cuda.Stream) -> Callable[[], None]:
+    """What waits until a stream has come where it is now."""
+    there = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # servers want the core
+    there.record(stream)
+    return there.synchronize

@@ -14,7 +14,7 @@ from paramserver.partition import BUFFERS, Key, KeySpec, Partition, make_partiti
 from paramserver.state import State
 from workers.compiled import uncompiled
 
-__all__ = ["Replica", "describe_model", "freeze_batch_norm"]
+__all__ = ["Replica", "agree", "describe_model", "freeze_batch_norm"]
 
 _FROZEN = "pushpull_frozen"
 """Attribute of a module that stays in evaluation mode."""
@@ -79,6 +79,22 @@ def _spec(name: str, value: Tensor, group: int) -> KeySpec:
     if not dense:
         raise ConfigError(f"{name!r} is neither contiguous nor channels-last: make it so in build_model")
     return KeySpec(name, tuple(value.shape), tuple(value.stride()), group)
+
+
+def agree(known: Mapping[str, Tensor], found: IntegerBlock) -> IntegerBlock:
+    """Integer buffers after a microbatch, which must be ``known``: those after another one of the step, or empty.
+
+    Raises:
+        ReplicaMismatch: naming the buffer that differs.
+    """
+    if not found.same(known):
+        for name, value in known.items():
+            if not torch.equal(value, found[name]):
+                raise ReplicaMismatch(
+                    f"buffer {name!r} differs between microbatches of one step ({value} and {found[name]}): "
+                    "an integer buffer must become the same in every microbatch"
+                )
+    return found
 
 
 _KEPT_VIEWS = 2
@@ -220,26 +236,21 @@ class Replica:
         """The model's integer and boolean buffers, by key."""
         return self._integers
 
-    def integers(self) -> IntegerBlock:
-        """Copies of the integer and boolean buffers as the last microbatch left them, on the CPU."""
-        return self._integers.snap()
+    def integers(self, *, later: bool = False) -> IntegerBlock:
+        """Copies of the integer and boolean buffers as the last microbatch left them, on the CPU.
 
-    def agreed_integers(self, known: Mapping[str, Tensor]) -> IntegerBlock:
-        """As ``integers``, which must be ``known``: those after another microbatch of the step, or empty.
-
-        Raises:
-            ReplicaMismatch: naming the buffer that differs.
+        With ``later`` they are only on their way: whoever reads them waits for the device first.
         """
-        integers = self.integers()
-        if integers.same(known):
-            return integers
-        for name, value in known.items():
-            if not torch.equal(value, integers[name]):
-                raise ReplicaMismatch(
-                    f"buffer {name!r} differs between microbatches of one step ({value} and {integers[name]}): "
-                    "an integer buffer must become the same in every microbatch"
-                )
-        return integers
+        return self._integers.snap(later=later)
+
+    def keep_integers(self) -> None:
+        """Those that the last microbatch left are the next version's: microbatches start from them."""
+        if self._integers:
+            self._pulled_integers.data.copy_(self._integers.data)
+
+    def agreed_integers(self, known: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """As ``integers``, which must be ``known``: see ``agree``."""
+        return agree(known, self.integers())
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:

@@ -14,6 +14,7 @@ from paramserver.messages import MicrobatchStats
 from paramserver.reduction import Node, plan_additions
 from paramserver.server_memory import CHUNK
 from workers.backend import Backend
+from workers.counted import Counted
 from workers.timing import PhaseTimer
 
 __all__ = ["BlockModel", "Filling", "backend_round", "ddp_round", "fill_round", "limit_round", "plain_round", "timed"]
@@ -107,16 +108,16 @@ def backend_round(
     backward before all have pulled: ``meet`` returns at one instant for all, once all have come, and gives it.
     """
     timer = PhaseTimer()
-    stats = MicrobatchStats(microbatch, 0.0, 1.0, 1)
+    counted = Counted.of(MicrobatchStats(microbatch, 0.0, 1.0, 1))
     backend.pull(timer)
 
     def one() -> float:
         with backend.microbatch(microbatch, last=True):
             loss = filling()
-            backend.forwarded(stats.samples, lambda: stats)
+            backend.forwarded(counted)
             loss.backward()
         begin = meet()
-        backend.contribute(stats, timer)
+        backend.contribute(counted, timer)
         backend.push(timer)
         backend.wait(timer)
         backend.pull(timer)

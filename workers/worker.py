@@ -3,14 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import NamedTuple
 
 from models.task import Batch, LossSum, Task
 from paramserver.errors import ConfigError
-from paramserver.messages import MicrobatchStats
 from workers.backend import Backend
 from workers.config import WorkerConfig
+from workers.counted import Counted
 from workers.evaluation import evaluate
 from workers.faults import Observer
 from workers.minibatch import deal_runs
@@ -101,11 +100,9 @@ class Worker:
         microbatches = self.plan.microbatches(step)
         filled = [index for index in self._run if microbatches[index]]
         for index in self._run:
-            if microbatches[index]:
-                stats = self._microbatch(step, index, last=index == filled[-1])
-            else:
-                stats = MicrobatchStats(index, 0.0, 0.0, 0)
-            self._backend.contribute(stats, self._timer)
+            last = index in filled[-1:]
+            counted = self._microbatch(step, index, last=last) if microbatches[index] else Counted(index)
+            self._backend.contribute(counted, self._timer)
         self._backend.push(self._timer)
         with self._timer.phase("split"):
             self._loader.prepare()  # while others compute and the servers update
@@ -138,17 +135,17 @@ class Worker:
             with self._timer.phase("split"):
                 self._loader.prepare()
 
-    def _microbatch(self, step: int, index: int, *, last: bool) -> MicrobatchStats:
+    def _microbatch(self, step: int, index: int, *, last: bool) -> Counted:
         begun, self._begun = self._begun, None
         batch = self._next_batch() if begun is None else begun.batch
         with self._timer.phase("compute"), self._backend.microbatch(index, last=last):
             loss = self._forward(step, index, batch) if begun is None else begun.loss
-            self._backend.forwarded(len(batch), partial(_stats, index, loss, batch))
+            counted = Counted(index, loss, len(batch))
+            self._backend.forwarded(counted)
             spoilt, self._poisoned = self._poisoned, False
             wanted = loss._replace(total=loss.total * float("nan")) if spoilt else loss
             self._backward(wanted, lambda: self._seeded("backward", step, index))
-            # Reading the loss waits for the device, so that its time is booked here and not on the next stage.
-            return _stats(index, loss, batch)
+        return counted
 
     def _forward(self, step: int, index: int, batch: Batch) -> LossSum:
         with self._seeded("microbatch", step, index):
@@ -187,7 +184,3 @@ class Worker:
         metric = self._backend.merge_metric(evaluate(self._task, self._replica, self._config))
         if metric is not None:
             yield EvaluationReport(step, self._config.called, metric, time.perf_counter() - begin)
-
-
-def _stats(index: int, loss: LossSum, batch: Batch) -> MicrobatchStats:
-    return MicrobatchStats(index, float(loss.total.detach()), float(loss.weight), len(batch))

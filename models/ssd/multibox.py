@@ -37,9 +37,10 @@ def match_targets(anchors_A4: Tensor, boxes_NG4: Tensor, labels_NG: Tensor, thre
     overlap_NA, box_NA = iou_NGA.max(dim=1)
     box_NA.masked_fill_(overlap_NA < threshold, -1)
     best_NG = iou_NGA.argmax(dim=2)
+    best_NG.masked_fill_(~real_NG, -1)
+    index_A = torch.arange(anchors_A4.shape[0], device=anchors_A4.device)
     for i in range(num_boxes):  # one after the other: of two objects with the same best box the last one has it
-        best_N1 = best_NG[:, i : i + 1]
-        box_NA.scatter_(1, best_N1, torch.where(real_NG[:, i : i + 1], i, box_NA.gather(1, best_N1)))
+        box_NA.masked_fill_(index_A == best_NG[:, i : i + 1], i)  # a reproducible scatter would sort first, on CUDA
     mask_NA = box_NA >= 0
     box_NA.clamp_(min=0)
     labels_NA = torch.where(mask_NA, labels_NG.gather(1, box_NA) + 1, 0)
@@ -77,8 +78,12 @@ def multibox_loss(scores_NAK: Tensor, offsets_NA4: Tensor, targets: Targets, alp
 @torch.no_grad()
 def _hard_negatives(losses_NA: Tensor, matched_NA: Tensor) -> Tensor:
     """(N, A) bool: the background boxes of each image with the largest losses; of equal ones the first."""
-    order_NA = losses_NA.masked_fill(matched_NA, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    rank_NA = torch.empty_like(order_NA).scatter_(
-        1, order_NA, torch.arange(order_NA.shape[1], device=order_NA.device).expand_as(order_NA)
-    )
-    return (rank_NA < _NEGATIVES * matched_NA.sum(dim=1, keepdim=True)) & ~matched_NA
+    count_N1 = (_NEGATIVES * matched_NA.sum(dim=1, keepdim=True)).clamp_(max=matched_NA.shape[1])
+    losses_NA = losses_NA.masked_fill(matched_NA, -torch.inf)
+    sorted_NA = losses_NA.sort(dim=1, descending=True, stable=True).values  # on a CPU by far the fastest
+    least_N1 = sorted_NA.gather(1, (count_N1 - 1).clamp_(min=0))
+    larger_NA, equal_NA = losses_NA > least_N1, losses_NA == least_N1
+    left_N1 = count_N1 - larger_NA.sum(dim=1, keepdim=True)
+    chosen_NA = larger_NA | (equal_NA & (equal_NA.cumsum(dim=1, dtype=torch.int32) <= left_N1))
+    # What is no number is larger than all others, and must be seen.
+    return (chosen_NA | losses_NA.isnan()) & (count_N1 > 0) & ~matched_NA

@@ -66,7 +66,7 @@ def connect(address: Address, timeout_s: float) -> "Channel":
 
 
 class Channel:
-    """One side of a connection; each message is one of ``wire``. For one thread at a time.
+    """One side of a connection; each message is one of ``wire``. One thread may send while another one receives.
 
     The socket never blocks: a message may come in pieces, at any pace, and no peer can hold its other side up longer
     than that one's own deadline.
@@ -200,7 +200,9 @@ class Channel:
         return message, descriptors
 
     def close(self) -> None:
-        """Close this side."""
+        """Close this side; another thread that waits for a message gets the end of the connection."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
 

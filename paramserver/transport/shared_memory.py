@@ -4,6 +4,7 @@ A push sends the places of its tensors, a commit the version number: no tensor i
 that ``allocate`` gave out lie in an arena already; any other tensor is copied into one first.
 """
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ class SharedMemoryTransport:
         self._starts: list[int] = []
         self._staging: list[_Staging] = []
         self._lines: dict[int, _Line] = {}
+        self._sending = threading.Lock()  # one thread may push while another one waits, and asks why it has to
         try:
             for server, address in addresses.items():
                 self._lines[server] = self._connect(server, address)
@@ -279,7 +281,8 @@ class SharedMemoryTransport:
 
     def _send(self, server: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
         try:
-            self._lines[server].channel.send_frame(message, descriptors)
+            with self._sending:
+                self._lines[server].channel.send_frame(message, descriptors)
         except OSError:
             raise self._lost(server) from None
 

@@ -79,8 +79,10 @@ class _LateMemory(HostMemory):
 
     copies = True
 
-    def __init__(self, replica: Replica, client: Client) -> None:
+    def __init__(self, replica: Replica, client: Client, *, queues: bool = False) -> None:
         super().__init__(replica, client)
+        self.queues = queues
+        self._expected: Sequence[Sequence[Slice]] = ()
         self._twins: dict[int, torch.Tensor] = {}
 
     def new_sum(self) -> torch.Tensor:
@@ -98,13 +100,31 @@ class _LateMemory(HostMemory):
 
         return arrive
 
+    def expect(self, version: int, groups: Sequence[Sequence[Slice]]) -> None:
+        self._expected = groups
 
+    def show(self, version: int) -> None:
+        for slices in self._expected:
+            self._client.await_slices(version, slices)
+        super().show(version)
+
+
+@pytest.mark.parametrize("early_forward", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_sums_that_reach_the_host_late_change_no_bit(monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_sums_that_reach_the_host_late_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, num_workers: int, overlap: bool, early_forward: bool
+) -> None:
     monkeypatch.setattr("workers.param_server.host_memory", _LateMemory)
-    config = replace(CONFIG, num_workers=2, overlap=overlap)
+    config = replace(CONFIG, num_workers=num_workers, overlap=overlap, early_forward=early_forward)
     run = train_workers(TinyTask(), config, OptimizerConfig(**OPTIMIZERS["sgd"]), SLICES)
     _assert_equal(run, _single("sgd"))
+
+
+def test_an_integer_buffer_that_differs_is_an_error_also_where_sums_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.param_server.host_memory", _LateMemory)
+    with pytest.raises(ReplicaMismatch, match="samples_seen"):
+        train_workers(_CountingTask(), CONFIG, OptimizerConfig(**OPTIMIZERS["sgd"]), SLICES)
 
 
 def test_the_run_had_what_makes_equality_hard() -> None:

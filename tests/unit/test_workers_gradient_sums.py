@@ -53,12 +53,14 @@ def test_a_whole_run_needs_few_vectors(M: int) -> None:
     assert len(used) <= max(1, (M - 1).bit_length())
 
 
-def _sums(run: range, M: int, model: nn.Module | None = None) -> tuple[Replica, GradientSums]:
+def _sums(
+    run: range, M: int, model: nn.Module | None = None, *, together: bool = False
+) -> tuple[Replica, GradientSums]:
     torch.manual_seed(0)
     model = model or TinyNet()
     partition, _ = describe_model(model, OptimizerConfig(), ServerConfig(slice_bytes=512))
     replica = Replica(model, partition)
-    return replica, GradientSums(replica, run, M, lambda: torch.zeros(partition.length))
+    return replica, GradientSums(replica, run, M, lambda: torch.zeros(partition.length), together=together)
 
 
 def _backward(replica: Replica, microbatch: int) -> None:
@@ -66,10 +68,11 @@ def _backward(replica: Replica, microbatch: int) -> None:
     replica.model(images).square().sum().backward()
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("empty", [(), (1,), (0, 3)])
-def test_the_bits_are_those_of_whole_vectors_added_along_the_tree(empty: tuple[int, ...]) -> None:
+def test_the_bits_are_those_of_whole_vectors_added_along_the_tree(empty: tuple[int, ...], together: bool) -> None:
     M = 5
-    replica, sums = _sums(range(M), M)
+    replica, sums = _sums(range(M), M, together=together)
     replica.model.eval()  # no dropout: the same gradients twice
     leaves: list[Tensor] = []
     for index in range(M):
