@@ -102,8 +102,8 @@ class RunConfig:
     overlap: bool | None = None
     """Push slices while backward goes on, inside a node (ps); default: if it has a core for the servers to spare."""
     early_forward: bool | None = None
-    """Begin the next forward pass with the parameters that are there, inside a node (ps); never with a vote. Default:
-    on GPUs."""
+    """Begin the next forward pass with the parameters that are there, inside a node (ps); a GPU has it in its queue
+    when they come. Never with a vote. Default: on GPUs."""
     arena_dir: str = "/dev/shm"
     """Folder in whose file system shared memory is made (ps)."""
     server_threads: int | None = None

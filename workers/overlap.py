@@ -10,6 +10,9 @@ _SHARES = (0.5, 0.8, 0.95)
 """Of all elements, at which a message goes out: the last one, whose update nothing hides, is small."""
 _LEAST_ELEMENTS = 1 << 21
 """8 MiB: a server sums and updates less than that in the time that a few more messages take."""
+_COPIED_SHARES = (0.5, 0.9, 0.99)
+_LEAST_COPIED_ELEMENTS = 1 << 18
+"""From a GPU, which waits for the last message's slices to go down, be updated and come up again: it is to be small."""
 
 
 class ReadySlices:
@@ -19,7 +22,8 @@ class ReadySlices:
         partition: of the model.
         keys: names of the trained keys, by the index that ``done`` is called with.
         send: called with slices that have become whole, at most four times for all slices.
-        least_elements: what a message is worth sending for before backward is over.
+        least_elements: what a message is worth sending for before backward is over; None: the usual.
+        copies: whether slices are copied on their way.
     """
 
     def __init__(
@@ -27,7 +31,9 @@ class ReadySlices:
         partition: Partition,
         keys: Sequence[str],
         send: Callable[[Sequence[Slice]], None],
-        least_elements: int = _LEAST_ELEMENTS,
+        least_elements: int | None = None,
+        *,
+        copies: bool = False,
     ) -> None:
         self._slices = partition.slices
         self._send = send
@@ -39,8 +45,9 @@ class ReadySlices:
                 for key, _, _ in held:
                     self._slices_of[names[key.name]].append(piece.index)
                     self._keys_in[piece.index] += 1
-        self._least = least_elements
-        self._due = [int(share * partition.length) for share in _SHARES]
+        usual, shares = (_LEAST_COPIED_ELEMENTS, _COPIED_SHARES) if copies else (_LEAST_ELEMENTS, _SHARES)
+        self._least = usual if least_elements is None else least_elements
+        self._due = [int(share * partition.length) for share in shares]
         self._missing: list[int] = []
         self.active = False
         """Whether a node is being sent."""

@@ -33,6 +33,8 @@ class _OpenStep:
         self.rows: list[Counted] = []
         self.integers: list[IntegerBlock] = []
         """Integer buffers after each microbatch that has samples."""
+        self.come: Callable[[], None] = lambda: None
+        """Waits until both can be read."""
 
     def agreed_integers(self) -> Mapping[str, Tensor]:
         """Those of the first microbatch, which the others must have, too; empty if there was none.
@@ -78,7 +80,7 @@ class ParamServerBackend:
         self._node: Node | None = None
         if overlap and client.shares_memory:
             keys = [key.name for key, _ in replica.parameters]
-            self._ready = ReadySlices(replica.partition, keys, self._slices_whole)
+            self._ready = ReadySlices(replica.partition, keys, self._slices_whole, copies=self._memory.copies)
         self._early: EarlyForward | None = None
         if early_forward and client.shares_memory and not self._memory.copies:
             self._early = EarlyForward(replica, lambda slices: self._memory.bring(self._shown, slices))
@@ -161,6 +163,7 @@ class ParamServerBackend:
         if counted.samples:
             self._step.integers.append(self._replica.integers(later=self._memory.copies))
         self._step.rows.append(counted)
+        self._step.come = self._memory.computed()
         self._counted = True
 
     def _key_done(self, key: int) -> None:
@@ -184,8 +187,10 @@ class ParamServerBackend:
             self._sending.append(self._sender.submit(self._send_later, arrive, self._step, node, slices))
 
     def _send_later(self, arrive: Callable[[], None], step: _OpenStep, node: Node, slices: Sequence[Slice]) -> None:
+        step.come()
+        push = self._message(node, slices, step)  # made before it can be sent: that much less is to be done then
         arrive()
-        self._message(node, slices, step)()
+        push()
 
     def _vector(self, node: Node) -> Tensor:
         return self._sums.vectors[self._sums.nodes[node]]

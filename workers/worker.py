@@ -63,6 +63,7 @@ class Worker:
         self._poisoned = False
         self._timer = PhaseTimer(self._enter)
         self._begun: _Begun | None = None
+        self._ended = 0.0
         self._loader.begin(self._run, backend.version)
 
     def run(self, *, evaluate: bool = False, train: bool = True) -> Iterator[StepReport | EvaluationReport]:
@@ -95,7 +96,8 @@ class Worker:
 
     def _step(self, step: int) -> StepReport:
         self._at = step + 1
-        begin = time.perf_counter()
+        # A device that has this step in its queue went on with it, whatever was done here since the commit.
+        begin = time.perf_counter() if self._begun is None else self._ended
         self._backend.pull(self._timer)
         microbatches = self.plan.microbatches(step)
         filled = [index for index in self._run if microbatches[index]]
@@ -108,7 +110,8 @@ class Worker:
             self._loader.prepare()  # while others compute and the servers update
         self._begin_early(step + 1)
         commit = self._backend.wait(self._timer)
-        step_ms = 1e3 * (time.perf_counter() - begin)
+        self._ended = time.perf_counter()
+        step_ms = 1e3 * (self._ended - begin)
         ledger = tuple(LedgerRow(index, self._config.called, microbatches[index]) for index in self._run)
         return StepReport(
             step=commit.version,

@@ -16,8 +16,9 @@ def _partition() -> Partition:
     return make_partition([*specs, KeySpec("mean", (70,), (1,), BUFFERS)], ServerConfig(slice_bytes=512, num_servers=2))
 
 
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_slice_goes_out_once_and_not_before_all_its_keys(seed: int) -> None:
+def test_a_slice_goes_out_once_and_not_before_all_its_keys(seed: int, copies: bool) -> None:
     partition, names = _partition(), list(KEYS)
     done: set[str] = set()
     sent: list[list[Slice]] = []
@@ -28,7 +29,7 @@ def test_a_slice_goes_out_once_and_not_before_all_its_keys(seed: int) -> None:
             assert piece.group == BUFFERS or held <= done
         sent.append(list(slices))
 
-    ready = ReadySlices(partition, names, send, least_elements=1)  # type: ignore[arg-type]
+    ready = ReadySlices(partition, names, send, least_elements=1, copies=copies)  # type: ignore[arg-type]
     for _ in range(2):
         done.clear()
         sent.clear()
