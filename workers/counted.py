@@ -25,8 +25,7 @@ class Counted:
         if loss is None:
             self._row = MicrobatchStats(microbatch, 0.0, 0.0, samples)
         elif loss.total.is_cuda:
-            numbers = torch.stack((loss.total.detach().double(), loss.weight.double()))
-            self._numbers = _to_host(numbers)
+            self._numbers = [_to_host(value.detach().double()) for value in loss]
             self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._there.record()
         else:
@@ -43,10 +42,12 @@ class Counted:
         """The row; waits for the device."""
         if self._row is None:
             self._there.synchronize()
-            total, weight = self._numbers.tolist()
+            total, weight = map(float, self._numbers)
             self._row = MicrobatchStats(self.microbatch, total, weight, self.samples)
         return self._row
 
 
 def _to_host(values: Tensor) -> Tensor:
+    if not values.is_cuda:  # a task may count on the CPU
+        return values
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)

@@ -36,6 +36,12 @@ class _OpenStep:
         self.come: Callable[[], None] = lambda: None
         """Waits until both can be read."""
 
+    def so_far(self) -> "_OpenStep":
+        """A copy: what is counted later may not have come yet when this has."""
+        copy = _OpenStep(self.version)
+        copy.rows, copy.integers, copy.come = [*self.rows], [*self.integers], self.come
+        return copy
+
     def agreed_integers(self) -> Mapping[str, Tensor]:
         """Those of the first microbatch, which the others must have, too; empty if there was none.
 
@@ -184,13 +190,17 @@ class ParamServerBackend:
             arrive()
             self._message(node, slices)()
         else:
-            self._sending.append(self._sender.submit(self._send_later, arrive, self._step, node, slices))
+            self._sending.append(self._sender.submit(self._send_later, arrive, self._step.so_far(), node, slices))
 
     def _send_later(self, arrive: Callable[[], None], step: _OpenStep, node: Node, slices: Sequence[Slice]) -> None:
-        step.come()
-        push = self._message(node, slices, step)  # made before it can be sent: that much less is to be done then
-        arrive()
-        push()
+        try:
+            step.come()
+            push = self._message(node, slices, step)  # made before it can be sent: that much less is to be done then
+            arrive()
+            push()
+        except BaseException:
+            self._memory.release()  # the device would wait for what will never come, and the host for the device
+            raise
 
     def _vector(self, node: Node) -> Tensor:
         return self._sums.vectors[self._sums.nodes[node]]

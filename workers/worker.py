@@ -79,6 +79,8 @@ class Worker:
         while train and self._backend.version < config.plan.steps:
             report = self._step(self._backend.version)
             yield report
+            if report.stop:
+                self._begun = None  # a pass that nobody will go on with
             due = config.eval_every and report.step % config.eval_every == 0
             if config.evaluate and (due or report.stop):
                 yield from self._evaluation(report.step)
@@ -96,8 +98,9 @@ class Worker:
 
     def _step(self, step: int) -> StepReport:
         self._at = step + 1
-        # A device that has this step in its queue went on with it, whatever was done here since the commit.
-        begin = time.perf_counter() if self._begun is None else self._ended
+        # A GPU that has this step in its queue went on with it, whatever was done here since the commit.
+        queued = self._begun is not None and self._replica.device.type == "cuda"
+        begin = self._ended if queued else time.perf_counter()
         self._backend.pull(self._timer)
         microbatches = self.plan.microbatches(step)
         filled = [index for index in self._run if microbatches[index]]

@@ -121,7 +121,7 @@ class ClassifyTask:
         for extra in auxiliary:
             if extra is not None:
                 total = total + _AUXILIARY * F.cross_entropy(extra.float(), labels_N, reduction="sum")
-        return LossSum(total, torch.tensor(len(batch), dtype=torch.float64, device=total.device))
+        return LossSum(total, total.new_full((), len(batch), dtype=torch.float64))
 
     def predict(self, model: nn.Module, batch: Batch) -> Scores:
         """Probabilities of the classes."""

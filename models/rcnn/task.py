@@ -98,7 +98,7 @@ class RCNNTask(DetectionTask):
         targets = [self._target(batch, index) for index in range(len(batch))]
         losses: dict[str, Tensor] = model(list(batch.images), targets)
         total = torch.stack(list(losses.values())).sum() * len(batch)
-        return LossSum(total, torch.tensor(len(batch), dtype=torch.float64, device=total.device))
+        return LossSum(total, total.new_full((), len(batch), dtype=torch.float64))
 
     def _target(self, batch: Batch, index: int) -> dict[str, Tensor]:
         """Of one image, as torchvision wants it: corners in pixels, and 0 is background."""

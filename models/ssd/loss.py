@@ -30,4 +30,4 @@ def ssd_loss(scores_NAK: Tensor, offsets_NA4: Tensor, targets: Targets) -> LossS
     matched_NA4 = offsets_NA4.float().masked_fill(~targets.mask_NA[..., None], 0.0)
     boxes_N = (matched_NA4 - targets.offsets_NA4).abs().flatten(1).mean(dim=1)
     total = (classes_NA.view(num_images, num_anchors).mean(dim=1) + boxes_N).sum()
-    return LossSum(total, torch.tensor(num_images, dtype=torch.float64, device=total.device))
+    return LossSum(total, total.new_full((), num_images, dtype=torch.float64))

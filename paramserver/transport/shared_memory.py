@@ -220,9 +220,10 @@ class SharedMemoryTransport:
                     self._tell(piece.server, Watch())
                     continue
                 try:
-                    self._listen(piece.server, deadline)
-                except TimeoutError:
-                    raise self._late(piece.server, version, timeout_s) from None
+                    self._listen(piece.server, min(deadline, time.monotonic() + _LOOK_S))
+                except TimeoutError:  # or word of it is lost
+                    if time.monotonic() >= deadline:
+                        raise self._late(piece.server, version, timeout_s) from None
 
     def _late(self, server: int, version: int, timeout_s: float) -> StepTimeout:
         deadline = time.monotonic() + _ANSWER_S

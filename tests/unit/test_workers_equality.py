@@ -12,6 +12,7 @@ import torch
 from paramserver.client import Client
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.errors import ReplicaMismatch
+from paramserver.integers import IntegerBlock
 from paramserver.partition import Slice
 from tests.support.tiny_task import TinyTask
 from tests.support.training import Run, train_single, train_workers
@@ -74,6 +75,17 @@ def test_threads_of_a_server_change_no_bit(optimizer: str) -> None:
     _assert_equal(train_workers(TinyTask(), config, settings, servers, update_threads=3), _single(optimizer))
 
 
+_coming: dict[Replica, list[tuple[IntegerBlock, torch.Tensor]]] = {}
+"""Integer buffers on their way to the host, and what they will be."""
+
+
+def _late_integers(replica: Replica, *, later: bool = False) -> IntegerBlock:
+    assert later
+    block = IntegerBlock(replica._integers.layout, torch.full_like(replica._integers.data, 255))
+    _coming.setdefault(replica, []).append((block, replica._integers.data.clone()))
+    return block
+
+
 class _LateMemory(HostMemory):
     """A GPU's on a CPU: sums come to where servers read them only when somebody waits for that."""
 
@@ -93,6 +105,15 @@ class _LateMemory(HostMemory):
     def on_host(self, vector: torch.Tensor) -> torch.Tensor:
         return self._twins[vector.data_ptr()]
 
+    def computed(self) -> Callable[[], None]:
+        coming = list(_coming.get(self._replica, ()))
+
+        def wait() -> None:
+            for block, content in coming:
+                block.data.copy_(content)
+
+        return wait
+
     def send(self, vector: torch.Tensor, slices: Sequence[Slice]) -> Callable[[], None]:
         def arrive() -> None:
             for piece in slices:
@@ -111,14 +132,18 @@ class _LateMemory(HostMemory):
 
 @pytest.mark.parametrize("early_forward", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize(("num_workers", "M"), [(1, 4), (2, 4), (3, 4), (2, 6)])
 def test_sums_that_reach_the_host_late_change_no_bit(
-    monkeypatch: pytest.MonkeyPatch, num_workers: int, overlap: bool, early_forward: bool
+    monkeypatch: pytest.MonkeyPatch, num_workers: int, M: int, overlap: bool, early_forward: bool
 ) -> None:
+    """Of six microbatches in two runs each has two nodes: the first is sent while the second is computed."""
+    plan, optimizer = replace(PLAN, microbatches=M), OptimizerConfig(**OPTIMIZERS["sgd"])
+    single = train_single(TinyTask(), replace(CONFIG, plan=plan), optimizer, SLICES)
     monkeypatch.setattr("workers.param_server.host_memory", _LateMemory)
-    config = replace(CONFIG, num_workers=num_workers, overlap=overlap, early_forward=early_forward)
-    run = train_workers(TinyTask(), config, OptimizerConfig(**OPTIMIZERS["sgd"]), SLICES)
-    _assert_equal(run, _single("sgd"))
+    monkeypatch.setattr(Replica, "integers", _late_integers)
+    config = replace(CONFIG, plan=plan, num_workers=num_workers, overlap=overlap, early_forward=early_forward)
+    _assert_equal(train_workers(TinyTask(), config, optimizer, SLICES), single)
+    _coming.clear()
 
 
 def test_an_integer_buffer_that_differs_is_an_error_also_where_sums_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
