@@ -15,7 +15,7 @@ from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.errors import CheckpointError
 from workers.checkpoint import find_checkpoint, load_checkpoint
 from workers.config import PlanConfig, WorkerConfig
-from workers.device import setup_device
+from workers.device import keep_freed_memory, setup_device
 from workers.replica import Replica, describe_model
 
 __all__ = ["Trained", "open_trained"]
@@ -67,7 +67,9 @@ def open_trained(run: str, *, data: str | None = None, threads: int | None = Non
         precision=config.precision,
     )
     layout = torch.channels_last if worker.channels_last else torch.contiguous_format
-    model = model.to(device=setup_device(worker), memory_format=layout)  # type: ignore[call-overload]
+    device = setup_device(worker)
+    keep_freed_memory(device)
+    model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     # The same replica as in training: kernels may depend on where a parameter lies.
     partition, _ = describe_model(model, OptimizerConfig(), ServerConfig())
     return Trained(folder, state.version, task, Replica(model, partition), worker)

@@ -12,7 +12,7 @@ from models.task import Batch, Task
 from paramserver.config import OptimizerConfig
 from workers.compiled import compile_model
 from workers.config import WorkerConfig
-from workers.device import setup_device
+from workers.device import keep_freed_memory, setup_device
 from workers.precision import autocast
 from workers.samples import where_drawn
 from workers.seeding import derive_seed, seeded
@@ -35,6 +35,7 @@ def train_baseline(task: Task, config: WorkerConfig, optimizer: OptimizerConfig)
         for each step the milliseconds by stage, of which only split, compute and update can be above 0.
     """
     device = setup_device(config)
+    keep_freed_memory(device)
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic = False
     torch.backends.cudnn.benchmark = True

@@ -10,23 +10,27 @@ import torch
 from paramserver.errors import ConfigError
 from workers.config import DeviceKind, WorkerConfig
 
-__all__ = ["cpu_model", "device_kind", "setup_device", "tune_cpu_process", "update_threads"]
+__all__ = ["cpu_model", "device_kind", "keep_freed_memory", "setup_device", "tune_cpu_process", "update_threads"]
 
 _MOST_UPDATE_THREADS = 8
 """Of one server: a few cores can use all of the memory's bandwidth."""
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # as malloc.h has them
+# As malloc.h has them.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
 
 
 def setup_device(config: WorkerConfig) -> torch.device:
     """Pin threads, choose reproducible kernels, and return the device.
+
+    Whoever computes on it says ``keep_freed_memory`` once all is there that outlives a step.
 
     Raises:
         ConfigError: if a GPU is wanted that is not there.
     """
     torch.set_num_threads(config.threads)
     if config.device == "cpu":
-        tune_cpu_process()
+        _let_others_go_first()
+        _set_large_blocks_apart()
         return torch.device("cpu")
     if config.device_index >= torch.cuda.device_count():
         raise ConfigError(
@@ -61,25 +65,47 @@ def _choose_reproducible_kernels() -> None:
 
 
 def tune_cpu_process() -> None:
-    """What a process that computes on CPU cores wants of the system, on every backend and in the baseline."""
-    _keep_freed_memory()
+    """What a process wants of the system that computes on CPU cores, step after step from now on."""
     _let_others_go_first()
+    keep_freed_memory(torch.device("cpu"))
 
 
-def _keep_freed_memory() -> None:
-    """Let malloc keep what a step frees for the next one.
+def keep_freed_memory(device: torch.device) -> None:
+    """Where ``device`` is the CPU, let malloc keep what a step frees for the next one.
 
     By default glibc gives large blocks back to the system at once, and the next step pays for a page fault every
     4 KiB: a tenth of FCN's step on one core, and more where several processes wait for the kernel.
+
+    Say it after a first step. Such a step leaves thousands of small blocks (kernels, descriptors) that stay for good;
+    glibc cuts 112 bytes too much off for a tensor, whose address it rounds up, and then fills these scraps with small
+    blocks. With one of them on each side, a freed block is a few bytes too small for the next tensor of its size, and
+    never becomes part of a larger one: the heap grows to twice what is in use.
     """
+    if device.type == "cpu":
+        _mallopt(
+            (_M_TRIM_THRESHOLD, 2**31 - 1),
+            (_M_TOP_PAD, 256 << 20),
+            (_M_ARENA_MAX, 1),  # those of other threads give memory back whatever one says
+            (_M_MMAP_MAX, 0),  # a threshold would be 32 MiB at most, and activations are larger
+        )
+
+
+def _set_large_blocks_apart() -> None:
+    """Have them mapped by themselves for now, so that small blocks which stay lie side by side."""
+    _mallopt(
+        (_M_ARENA_MAX, 1),
+        (_M_MMAP_MAX, 1 << 16),  # the default, if this process has computed before
+        (_M_MMAP_THRESHOLD, 128 << 10),  # the default, which would otherwise rise with every block that is freed
+    )
+
+
+def _mallopt(*options: tuple[int, int]) -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_TOP_PAD, 256 << 20)
-    mallopt(_M_ARENA_MAX, 1)  # those of other threads give memory back whatever one says
-    mallopt(_M_MMAP_MAX, 0)  # a threshold would be 32 MiB at most, and activations are larger
+    for option, value in options:
+        mallopt(option, value)
 
 
 def _let_others_go_first() -> None:

@@ -10,6 +10,7 @@ from paramserver.errors import ConfigError
 from workers.backend import Backend
 from workers.config import WorkerConfig
 from workers.counted import Counted
+from workers.device import keep_freed_memory
 from workers.evaluation import evaluate
 from workers.faults import Observer
 from workers.minibatch import deal_runs
@@ -64,6 +65,7 @@ class Worker:
         self._timer = PhaseTimer(self._enter)
         self._begun: _Begun | None = None
         self._ended = 0.0
+        self._stepped = False
         self._loader.begin(self._run, backend.version)
 
     def run(self, *, evaluate: bool = False, train: bool = True) -> Iterator[StepReport | EvaluationReport]:
@@ -111,6 +113,9 @@ class Worker:
         self._backend.push(self._timer)
         with self._timer.phase("split"):
             self._loader.prepare()  # while others compute and the servers update
+        if not self._stepped:  # nothing of a step is held here
+            self._stepped = True
+            keep_freed_memory(self._replica.device)
         self._begin_early(step + 1)
         commit = self._backend.wait(self._timer)
         self._ended = time.perf_counter()
