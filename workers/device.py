@@ -94,7 +94,6 @@ def _set_large_blocks_apart() -> None:
     """Have them mapped by themselves for now, so that small blocks which stay lie side by side."""
     _mallopt(
         (_M_ARENA_MAX, 1),
-        (_M_MMAP_MAX, 1 << 16),  # the default, if this process has computed before
         (_M_MMAP_THRESHOLD, 128 << 10),  # the default, which would otherwise rise with every block that is freed
     )
 
