@@ -25,6 +25,7 @@ from paramserver.server import Server
 from paramserver.server_memory import ServerMemory
 from paramserver.state import ServerSnapshot, State
 from paramserver.transport.channel import Address
+from paramserver.transport.exchange import prepare_exchange
 from paramserver.transport.hub import Hub
 from paramserver.transport.keeper import Keeper, claim
 from paramserver.transport.versions import VersionsArena, share_versions
@@ -80,6 +81,7 @@ class ServerActor:
         torch.set_num_threads(1)  # slices go to several threads, one operation does not
         # Now: one that stands by must not take long later.
         fused_sgd()
+        prepare_exchange()
         if optimizer.name != "sgd":
             fused_adam()
         self._index = -1
@@ -156,7 +158,6 @@ class ServerActor:
             on_change=self._changed,
             own=own,
             on_stage=None if self._observer is None else self._observer.at,
-            before_word=self._replicate,
         )
         return self._hub.address
 
@@ -192,7 +193,7 @@ class ServerActor:
         def change() -> ServerStatus:
             self._hub.regroup(generation)
             if replica is not None and replica is not self._replica:
-                self._replica = replica
+                self._replica, self._hub.before_word = replica, self._replicate
                 self._replicate(self._server.last)
             for version in (self._server.version - 1, self._server.version):
                 if version in self._held_versions and self._server.readable(version):
@@ -236,7 +237,8 @@ class ServerActor:
             self._server.hold(commit.version, once=True)
         if commit is not None and self._hub.on_written is not None:
             self._written(commit.version, self._partition.by_server[self._index])
-        self._loop.call_soon_threadsafe(self._published.wake)
+        if commit is None or self._hub.on_written is not None:  # nobody has ever waited otherwise
+            self._loop.call_soon_threadsafe(self._published.wake)
 
     def _written(self, version: int, pieces: Sequence[Slice]) -> None:
         """In the hub's thread: slices have a version that is not committed yet."""

@@ -90,13 +90,13 @@ class Client:
 
     def wait(self, version: int) -> Commit:
         """Wait until every server has committed ``version``; busy times are added up over the servers."""
+        if self._transport.num_servers == 1:
+            return self._transport.wait(0, version, self._timeout_s)
         deadline = time.monotonic() + self._timeout_s
         commits = [
             self._transport.wait(server, version, max(0.0, deadline - time.monotonic()))
             for server in range(self._transport.num_servers)
         ]
-        if len(commits) == 1:
-            return commits[0]
         stages = commits[0].server_ms
         busy = {stage: sum(commit.server_ms.get(stage, 0.0) for commit in commits) for stage in stages}
         return commits[0]._replace(
@@ -131,8 +131,8 @@ class Client:
         vector = self.vector(version)
         if vector is None:
             return None
-        integers: Mapping[str, Tensor] = {}
-        for server in range(self._transport.num_servers):
+        integers = self._transport.fetch(0, version, self._timeout_s)[1]
+        for server in range(1, self._transport.num_servers):
             held = self._transport.fetch(server, version, self._timeout_s)[1]
             integers = integers or held
         return vector, integers

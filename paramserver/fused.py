@@ -22,10 +22,20 @@ from pathlib import Path
 
 from paramserver.reduction import Addition
 
-__all__ = ["Pass", "PassUnavailable", "Sum", "Work", "load_pass", "sum_of"]
+__all__ = [
+    "DIVISOR_OFFSET",
+    "Pass",
+    "PassUnavailable",
+    "Sum",
+    "Work",
+    "WorkStruct",
+    "load_library",
+    "load_pass",
+    "sum_of",
+]
 
 _FOLDER = Path(__file__).parent
-_HEADERS = (_FOLDER / "fused.h", _FOLDER / "fused_work.h")
+_HEADERS = tuple(_FOLDER / name for name in ("fused.h", "fused_work.h", "work.h"))
 _REGISTERS = 32
 """For sums inside the tree: as many as it is deep."""
 _FLAGS = (
@@ -37,13 +47,14 @@ _FLAGS = (
     "-fno-math-errno",
     "-shared",
     "-fPIC",
+    "-pthread",
 )
 """No contraction: a product and a sum are rounded one after the other but for those that torch fuses, too."""
 _COMPILE_S = 60.0
 _CACHE = Path(".cache") / "pushpull"
 _KEPT_S = 30 * 86400.0
 
-Pass = Callable[["_Work"], None]
+Pass = Callable[["WorkStruct"], None]
 """``pushpull_work`` of a pass; it runs without the interpreter's lock."""
 
 
@@ -51,8 +62,8 @@ class PassUnavailable(Exception):
     """There is no compiler, or it does not compile."""
 
 
-class _Work(ctypes.Structure):
-    """``struct work`` of fused_work.h."""
+class WorkStruct(ctypes.Structure):
+    """``struct work`` of work.h."""
 
     _fields_ = (
         ("chunks", ctypes.c_void_p),
@@ -73,7 +84,7 @@ class Work:
     def __init__(self, function: Pass, chunks: Sequence[ctypes.Structure]) -> None:
         addresses = (ctypes.c_void_p * len(chunks))(*map(ctypes.addressof, chunks))
         self._kept = chunks, addresses  # the structure has their addresses alone
-        self._work = _Work(ctypes.addressof(addresses), len(chunks), 0, 0)
+        self._work = WorkStruct(ctypes.addressof(addresses), len(chunks), 0, 0)
         self._function = function
 
     def __call__(self) -> None:
@@ -98,6 +109,10 @@ class Sum(ctypes.Structure):
         ("divisor", ctypes.c_float),
         ("streaming", ctypes.c_int32),
     )
+
+
+DIVISOR_OFFSET = Sum.divisor.offset
+"""Where a chunk of any pass has its divisor: each begins with its sum."""
 
 
 def sum_of(
@@ -139,13 +154,22 @@ def load_pass(name: str, folder: Path = _FOLDER) -> Pass:
     Raises:
         PassUnavailable: if it cannot be compiled here.
     """
-    try:
-        function = _library(folder / f"{name}.c").pushpull_work
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody's home
-        raise PassUnavailable(str(error)) from error
-    function.argtypes, function.restype = [ctypes.POINTER(_Work)], None
+    function = load_library(folder / f"{name}.c").pushpull_work
+    function.argtypes, function.restype = [ctypes.POINTER(WorkStruct)], None
     found: Pass = function
     return found
+
+
+def load_library(source: Path) -> ctypes.CDLL:
+    """What is compiled of a source that may include the headers of this folder.
+
+    Raises:
+        PassUnavailable: if it cannot be compiled here.
+    """
+    try:
+        return _library(source)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody's home
+        raise PassUnavailable(str(error)) from error
 
 
 def _library(source: Path) -> ctypes.CDLL:

@@ -1,14 +1,9 @@
 /* How threads share a pass: included behind `struct chunk` and `pass`, which gives what is not 0 if the sum is not finite
    somewhere in elements lo to hi of a chunk. */
 
-enum { GRAIN = 1 << 14 };
+#include "work.h"
 
-struct work {
-    const struct chunk *const *chunks;
-    int64_t count;
-    int64_t next;   /* grains that somebody has taken: any number of threads may work at once */
-    int64_t found;  /* becomes 1 if a sum is not finite somewhere */
-};
+enum { GRAIN = 1 << 14 };
 
 /* Take the next GRAIN elements as long as there are any. */
 void pushpull_work(struct work *w)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from paramserver.config import OptimizerConfig
 from paramserver.errors import NonFiniteGradient
-from paramserver.fused import Pass, Work
+from paramserver.fused import DIVISOR_OFFSET, Pass, Work
 from paramserver.optimizer import BufferMean, InOnePass, build_slice_optimizer
 from paramserver.partition import BUFFERS, ELEMENT_BYTES, Key, Slice
 from paramserver.reduction import Addition, Node, TreeSum
+from paramserver.round_plan import Divisor, PlannedChunk
 from paramserver.scratch import Scratch
 from paramserver.server_memory import CHUNK, ServerMemory
 from paramserver.state import SliceSnapshot
@@ -160,6 +161,28 @@ class HeldSlice:
         if part:
             pushed = tuple(address + ELEMENT_BYTES * self._ranges[part][0] for address in pushed)
         return writer.one_pass, writer.in_one_pass(version, pushed, additions, divisor, lr)
+
+    def plan(self, contributions: Mapping[Node, Tensor], version: int, lr: float) -> list[PlannedChunk] | None:
+        """What ``in_one_pass`` will give for all parts if these are the contributions, but for the divisor.
+
+        None if that is not known: they are not the ones of the step before, or there is no such pass.
+        """
+        known, pushed, additions = self._planned
+        same = known.keys() == contributions.keys() and all(known[node] is contributions[node] for node in known)
+        if not (pushed and same and all(writer.may_plan(version) for writer in self._in_one_pass)):
+            return None
+        planned = []
+        for writer, (lo, _) in zip(self._in_one_pass, self._ranges, strict=True):
+            assert writer.one_pass is not None
+            addresses = tuple(address + ELEMENT_BYTES * lo for address in pushed)
+            chunk = writer.in_one_pass(version, addresses, additions, 1.0, lr)
+            divisor = Divisor(ctypes.addressof(chunk) + DIVISOR_OFFSET, self._is_buffers)
+            planned.append(PlannedChunk(writer.one_pass, chunk, divisor))
+        return planned
+
+    def end_planned(self) -> None:
+        """What ``plan`` gave is done, and the sum was finite everywhere."""
+        self._done.update(self.parts)
 
     def end_pass(self, part: int, version: int, scratch: Scratch, *, finite: bool) -> None:
         """What ``in_one_pass`` gave is done.

@@ -86,7 +86,8 @@ class IntegerBlock(Mapping[str, Tensor]):
     def assign(self, other: Mapping[str, Tensor]) -> None:
         """Copy the buffers of ``other`` into this block's."""
         if isinstance(other, IntegerBlock) and other.layout == self.layout and not self.data.is_cuda:
-            ctypes.memmove(self.data.data_ptr(), other.to_bytes(), self.data.numel())
+            content = other.to_bytes()
+            ctypes.memmove(self.data.data_ptr(), content, len(content))
             return
         if isinstance(other, IntegerBlock) and other.layout == self.layout:
             self.data.copy_(other.data)

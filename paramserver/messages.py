@@ -1,7 +1,8 @@
 """What goes between a worker and a server."""
 
 import marshal
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from paramserver.partition import Slice
 from paramserver.reduction import Node
 
 __all__ = [
+    "ROW",
     "Commit",
     "Decision",
     "FlatSlices",
@@ -19,8 +21,11 @@ __all__ = [
     "MicrobatchStats",
     "Push",
     "Report",
+    "UsualCommit",
     "pack_commit",
+    "pack_rows",
     "unpack_commit",
+    "unpack_rows",
 ]
 
 
@@ -146,25 +151,104 @@ class Commit(NamedTuple):
         return Decision(not self.skipped, self.scale, self.grad_norm)
 
 
+ROW = struct.Struct("<qddq")
+"""A row of ``MicrobatchStats``."""
 _STATS, _SERVER_MS = Commit._fields.index("stats"), Commit._fields.index("server_ms")
+_USUAL, _OTHER = b"U", b"O"
+_STAGES = ("aggregate", "update", "commit")
+_STOP, _LEAVE = 1, 2
+
+
+class UsualCommit:
+    """How a commit lies in bytes that has nothing but what each one has: at fixed places, which C code fills, too.
+
+    After ``HEADER`` come the rows in order, the integer buffers' layout and their content.
+    """
+
+    HEADER = struct.Struct("<cqqqdiiiiddd")
+    """Kind, version, last worker (-1: none), generation, lr, flags, rows, bytes of the layout and of the content, then
+    milliseconds of aggregate, update and commit."""
+    LAST_WORKER = 1 + 8
+    FLAGS = 1 + 4 * 8
+    UPDATE_MS = FLAGS + 4 * 4 + 8
+    """Of the update and the commit."""
+
+    @staticmethod
+    def flags(*, stop: bool, leave: bool) -> int:
+        """What stands at ``FLAGS``."""
+        return _STOP * stop | _LEAVE * leave
+
+
+def pack_rows(rows: Iterable[MicrobatchStats]) -> bytes:
+    """Rows as bytes."""
+    return b"".join([ROW.pack(*row) for row in rows])
+
+
+def unpack_rows(data: bytes, start: int, stop: int) -> tuple[MicrobatchStats, ...]:
+    """What ``pack_rows`` made bytes ``start`` to ``stop`` of."""
+    return tuple(map(MicrobatchStats._make, ROW.iter_unpack(data[start:stop])))
 
 
 def pack_commit(commit: Commit, integers: IntegerBlock) -> bytes:
     """A commit and the integer buffers of its version as bytes.
 
-    Marshalled as plain values: pickle looks each class up by its name, which in caches that a backward has just swept
-    takes longer than all the rest.
+    As plain values: pickle looks each class up by its name, which in caches that a backward has just swept takes longer
+    than all the rest.
     """
-    rest: list[Any] = list(commit)
-    rest[_STATS], rest[_SERVER_MS] = [tuple(row) for row in commit.stats], dict(commit.server_ms)
-    return marshal.dumps((rest, integers.layout, integers.to_bytes()))
+    if not _is_usual(commit):
+        rest: list[Any] = list(commit)
+        rest[_STATS], rest[_SERVER_MS] = [tuple(row) for row in commit.stats], dict(commit.server_ms)
+        return _OTHER + marshal.dumps((rest, integers.layout, integers.to_bytes()))
+    content = integers.to_bytes()
+    header = UsualCommit.HEADER.pack(
+        _USUAL,
+        commit.version,
+        -1 if commit.last_worker is None else commit.last_worker,
+        commit.generation,
+        commit.lr,
+        UsualCommit.flags(stop=commit.stop, leave=commit.leave),
+        len(commit.stats),
+        len(integers.layout),
+        len(content),
+        *(commit.server_ms[stage] for stage in _STAGES),
+    )
+    return b"".join((header, pack_rows(commit.stats), integers.layout, content))
+
+
+def _is_usual(commit: Commit) -> bool:
+    voted = commit.skipped or commit.grad_norm is not None or commit.scale != 1.0
+    return not voted and not commit.checksums and tuple(commit.server_ms) == _STAGES
 
 
 def unpack_commit(data: bytes) -> tuple[Commit, IntegerBlock]:
     """What ``pack_commit`` made bytes of."""
-    rest, layout, content = marshal.loads(data)
-    rest[_STATS] = tuple(MicrobatchStats(*row) for row in rest[_STATS])
-    return Commit(*rest), IntegerBlock(layout, content)
+    if data[:1] == _OTHER:
+        rest, layout, content = marshal.loads(data[1:])
+        rest[_STATS] = tuple(MicrobatchStats(*row) for row in rest[_STATS])
+        return Commit(*rest), IntegerBlock(layout, content)
+    # Without names and stars: a worker reads this in caches that are not its own, and each line that it runs counts.
+    _, version, last, generation, lr, flags, num_rows, of_layout, of_content, aggregate_ms, update_ms, commit_ms = (
+        UsualCommit.HEADER.unpack_from(data)
+    )
+    layout_at = UsualCommit.HEADER.size + ROW.size * num_rows
+    content_at = layout_at + of_layout
+    commit = Commit._make(
+        (
+            version,
+            unpack_rows(data, UsualCommit.HEADER.size, layout_at),
+            lr,
+            False,
+            None,
+            1.0,
+            {"aggregate": aggregate_ms, "update": update_ms, "commit": commit_ms},
+            None if last < 0 else last,
+            bool(flags & _STOP),
+            generation,
+            bool(flags & _LEAVE),
+            (),
+        )
+    )
+    return commit, IntegerBlock(data[layout_at:content_at], data[content_at : content_at + of_content])
 
 
 class Hello(NamedTuple):

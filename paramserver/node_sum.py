@@ -17,6 +17,7 @@ from paramserver.messages import Commit, Hello, Push, pack_commit
 from paramserver.open_step import OpenStep
 from paramserver.partition import Partition, Slice
 from paramserver.reduction import Node, TreeSum, maximal_nodes
+from paramserver.round_plan import RoundPlan
 from paramserver.scratch import Scratch
 from paramserver.server_memory import CHUNK
 from paramserver.team import Team
@@ -217,6 +218,17 @@ class NodeSum:
         """See ``Server.record``."""
         assert self.last is not None
         return pack_commit(self.last, self._integers[self.version])
+
+    def plan(self, pushes: Sequence[Push]) -> RoundPlan | None:
+        """See ``Server.plan``: here a step is not over when all have pushed."""
+        return None
+
+    def conclude(self, pushes: Sequence[Push], record: bytes) -> Commit:
+        """Nothing was planned."""
+        raise AssertionError("nothing was planned")
+
+    def interrupt(self) -> None:
+        """Likewise."""
 
     def readable(self, version: int) -> bool:
         """Whether ``version`` stands here: the committed one, and one that came before anything was pushed here."""

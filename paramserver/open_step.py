@@ -42,7 +42,7 @@ class OpenStep:
         self.run = run
         self._place = place
         self._partition = partition
-        self._num_microbatches = num_microbatches
+        self.num_microbatches = num_microbatches
         self._wanted = wanted
         self._sums = sums
         self._counts_integers = counts_integers
@@ -79,7 +79,7 @@ class OpenStep:
         """
         if (push.run, push.generation, push.step) == (self.run, self.generation, version - 1):
             return
-        self._check(push, version)
+        self.check(push, version)
         if self._counts_integers:
             self._agree(push.integers, push)
         fresh = [self._sums[index].insert(push.node, values) for index, values in push.slices.items()]
@@ -90,7 +90,8 @@ class OpenStep:
         self.stats.update((row.microbatch, row) for row in push.stats)
         self.last_worker = push.worker
 
-    def _check(self, push: Push, version: int) -> None:
+    def check(self, push: Push, version: int) -> None:
+        """Raise what ``push`` would of the contribution itself, whatever else was pushed."""
         who = f"push of worker {push.worker} for step {push.step}"
         if push.run != self.run or push.generation < self.generation:
             raise StaleContribution(f"{who} is of run {push.run}, generation {push.generation}, an earlier one")
@@ -108,10 +109,10 @@ class OpenStep:
                 )
         if [row.microbatch for row in push.stats] != list(range(push.node.lo, push.node.hi)):
             raise PartitionMismatch(f"{who}: its rows are not those of microbatches [{push.node.lo}, {push.node.hi})")
-        check_node(push.node, self._num_microbatches)
+        check_node(push.node, self.num_microbatches)
 
     def _agree(self, integers: Mapping[str, Tensor], push: Push) -> None:
-        if self.integers.same(integers):
+        if not self.integers or self.integers.same(integers):
             return
         for name, value in integers.items():
             known = self.integers.get(name, value)

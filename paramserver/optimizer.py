@@ -26,6 +26,9 @@ class InOnePass(Protocol):
     def one_pass(self) -> Pass | None:
         """Does what ``in_one_pass`` describes; None if there is no such pass."""
 
+    def may_plan(self, version: int) -> bool:
+        """Whether ``in_one_pass`` writes nothing before its chunk is worked on, so that it may be called early."""
+
     def in_one_pass(
         self, version: int, pushed: tuple[int, ...], additions: tuple[Addition, ...], divisor: float, lr: float
     ) -> ctypes.Structure:
@@ -114,6 +117,10 @@ class BufferMean:
         """Write version ``version + 1``; see ``SliceOptimizer.step_sum``."""
         torch.add(self._values[version % 2], torch.div(total, divisor, out=quotient), out=self._values[1 - version % 2])
 
+    def may_plan(self, version: int) -> bool:
+        """See ``InOnePass.may_plan``."""
+        return True
+
     def in_one_pass(
         self, version: int, pushed: tuple[int, ...], additions: tuple[Addition, ...], divisor: float, lr: float
     ) -> ctypes.Structure:
@@ -188,6 +195,10 @@ class _Sgd:
         direction.addcdiv_(total, divisor)  # rounds the quotient, then the sum
         self._note_momentum(target, known=True)
         self._move(version, direction, lr)
+
+    def may_plan(self, version: int) -> bool:
+        """See ``InOnePass.may_plan``: what is remembered of the momentum changes in a run's first steps alone."""
+        return self._momentum is None or self._has_momentum[(version + 1) % 2]
 
     def in_one_pass(
         self, version: int, pushed: tuple[int, ...], additions: tuple[Addition, ...], divisor: float, lr: float
@@ -280,6 +291,10 @@ class _Adam:
     def step_sum(self, version: int, total: Tensor, divisor: Tensor, lr: float, quotient: Tensor) -> None:
         """See ``SliceOptimizer.step_sum``."""
         self.step(version, torch.div(total, divisor, out=quotient), lr)
+
+    def may_plan(self, version: int) -> bool:
+        """See ``InOnePass.may_plan``: the number of updates is written."""
+        return False
 
     def in_one_pass(
         self, version: int, pushed: tuple[int, ...], additions: tuple[Addition, ...], divisor: float, lr: float

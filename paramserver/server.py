@@ -20,10 +20,11 @@ from paramserver.errors import VersionGone
 from paramserver.fused import Pass, Work
 from paramserver.held_slice import HeldSlice, non_finite_gradient
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, Decision, Hello, Push, Report, pack_commit
+from paramserver.messages import Commit, Decision, Hello, Push, Report, pack_commit, unpack_commit
 from paramserver.open_step import OpenStep
 from paramserver.partition import BUFFERS, Partition
 from paramserver.reduction import TreeSum
+from paramserver.round_plan import PlannedChunk, RoundPlan
 from paramserver.scratch import Scratch
 from paramserver.server_memory import CHUNK, ServerMemory
 from paramserver.state import ServerSnapshot, State, slice_optimizer_state
@@ -339,12 +340,79 @@ class Server:
         commit = commit._replace(server_ms={**commit.server_ms, "commit": 1e3 * (time.perf_counter() - begin)})
         self.record = pack_commit(commit, integers)
         self.memory.commit(commit.version, self.record)
-        self.version += 1
-        self._last = commit
-        self._integers = {self.version - 1: old, self.version: integers}
+        self._advance(commit, integers)
         if open_next:
             self.open_step()
         return commit
+
+    def plan(self, pushes: Sequence[Push]) -> RoundPlan | None:
+        """What the update and the commit of the open step will be if exactly such contributions are pushed to it.
+
+        Whoever carries it out, and says so with ``conclude``, has seen that what is pushed differs from ``pushes`` in
+        losses, weights, samples and the content of integer buffers alone, which agree. Nothing is written here.
+
+        Args:
+            pushes: to the open step; each must hold all slices.
+
+        Returns:
+            None where it needs more than one pass over memory, or it is not known what that is.
+        """
+        version, due = self.version, self._verify_every
+        started = bool(self._step.stats) or self._written
+        if started or self.config.needs_vote or not (self.may_write and self._slices and self.memory.filled):
+            return None
+        if due and (version + 1) % due == 0:
+            return None
+        nodes = sorted(push.node for push in pushes)
+        microbatches = [index for node in nodes for index in range(node.lo, node.hi)]
+        integers = self._integers[version]
+        agree = all(IntegerBlock.of(push.integers).layout == integers.layout for push in pushes)
+        if microbatches != list(range(self._step.num_microbatches)) or not agree:
+            return None
+        lr = self.config.learning_rate(version)
+        chunks: list[PlannedChunk] = []
+        for index, held in self._slices.items():
+            planned = held.plan({push.node: push.slices[index] for push in pushes if index in push.slices}, version, lr)
+            if planned is None:
+                return None
+            chunks += planned
+        for push in pushes:
+            self._step.check(push, version)
+        rows = {row.microbatch: row for push in pushes for row in push.stats}
+        times = dict.fromkeys((*self._scratch.busy, "commit"), 0.0)
+        stats = tuple(rows[index] for index in microbatches)
+        record = pack_commit(
+            Commit(version + 1, stats, lr, server_ms=times, last_worker=0, generation=self._step.generation), integers
+        )
+        return RoundPlan(version + 1, chunks, record, *self.memory.record_places(version + 1, len(record)))
+
+    def conclude(self, pushes: Sequence[Push], record: bytes) -> Commit:
+        """What ``plan`` gave was carried out: the version stands in memory, with its commit's record.
+
+        ``open_step`` must follow before anything else does.
+
+        Args:
+            pushes: what came.
+            record: what was kept.
+        """
+        for push in pushes:
+            self.push(push)
+        assert self.complete, "a round was carried out without all contributions"
+        for held in self._slices.values():
+            held.end_planned()
+        commit, integers = unpack_commit(record)
+        self.record = record
+        self._advance(commit, integers)
+        return commit
+
+    def _advance(self, commit: Commit, integers: IntegerBlock) -> None:
+        self._integers = {self.version: self._integers[self.version], commit.version: integers}
+        self.version = commit.version
+        self._last = commit
+
+    def interrupt(self) -> None:
+        """What ``plan`` gave was begun and given up: the version before the committed one is gone."""
+        self._written = True
 
     def _checksums(self, version: int) -> Checksums:
         if not self._verify_every or version % self._verify_every:

@@ -176,6 +176,16 @@ class ServerMemory:
         # x86 shows writes to others in this order, and one aligned word at once.
         _WORD.pack_into(self._bytes, 0, version + 1)
 
+    def record_places(self, version: int, length: int) -> tuple[int, int]:
+        """Addresses of where ``commit`` puts a record of ``length`` bytes, behind its length, and of the last word.
+
+        Something must stand here already.
+        """
+        assert self.filled
+        assert _WORD.size + length <= self._layout.record, "a commit's record is larger than was thought"
+        start = self._content.data_ptr()
+        return start + _PAGE + version % 2 * self._layout.record, start
+
     def record(self, version: int) -> tuple[Commit, IntegerBlock] | None:
         """The commit of the committed version or of the one before it, with the integer buffers; None if unknown."""
         if not self.filled or not 0 <= self.version - version <= 1:

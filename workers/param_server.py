@@ -103,6 +103,8 @@ class ParamServerBackend:
         """What pushes nodes that are whole after the backward under way: that much less is to be done behind it."""
         self._computed: Callable[[], None] = self._memory.computed()
         self._step = _OpenStep(self.version)
+        self._next: Tensor | None = None
+        """Where the next version will stand, if parameters are to point there as soon as backward is done with them."""
         self._counted = False
         """Whether the row of the microbatch under way stands in the step."""
         self._knows_integers = False
@@ -135,6 +137,7 @@ class ParamServerBackend:
         learns = self._early is not None and not self._early.learned and not self._ahead
         self._ahead = False
         self._node = self._sums.begin(index).completes
+        self._next = self._client.vector(self.version + 1) if last and not self._memory.copies else None
         with self._early.watched() if learns and self._early else nullcontext():
             yield
 
@@ -173,6 +176,8 @@ class ParamServerBackend:
         self._counted = True
 
     def _key_done(self, key: int) -> None:
+        if self._next is not None:
+            self._replica.point_ahead(key, self._next)
         if self._ready is not None and self._ready.active:
             self._ready.done(key)
 

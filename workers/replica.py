@@ -136,6 +136,9 @@ class Replica:
         self._constants = {name: value for name, value in parameters.items() if name not in held}
         self._known_views: dict[int, _Views] = {}
         self._pointed_to: Tensor | None = None
+        self._ahead: set[int] = set()
+        """Parameters that point to ``_ahead_in`` already."""
+        self._ahead_in: Tensor | None = None
         self.values = torch.zeros(partition.length, device=self.device)
         """The pulled version, as a flat (length,) vector."""
         for key, parameter in self._parameters:
@@ -152,12 +155,25 @@ class Replica:
 
         Must not happen between forward and backward: autograd would silently read the new values.
         """
-        if flat is self._pointed_to:
+        if flat is self._pointed_to and not self._ahead:
             return
+        there = self._ahead if flat is self._ahead_in else set()
         self.values = self._pointed_to = flat
-        views = self._views(flat)
-        for (_, parameter), view in zip(self._parameters, views.parameters, strict=True):
-            parameter.data = view
+        if len(there) < len(self._parameters):
+            for index, view in enumerate(self._views(flat).parameters):
+                if index not in there:
+                    self._parameters[index][1].data = view
+        self._ahead, self._ahead_in = set(), None
+
+    def point_ahead(self, index: int, flat: Tensor) -> None:
+        """As ``point_to`` for one parameter whose gradient backward has just made: it is in cache, and read no more.
+
+        ``point_to`` must follow before the next forward pass, with the same vector unless the step is given up.
+        """
+        if flat is not self._ahead_in:
+            self._ahead, self._ahead_in = set(), flat
+        self._ahead.add(index)
+        self._parameters[index][1].data = self._views(flat).parameters[index]
 
     def let_go(self) -> None:
         """Hold nobody else's memory any more; what ``values`` holds then counts for nothing."""

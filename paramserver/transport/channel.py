@@ -19,10 +19,11 @@ from typing import Any
 
 from paramserver.transport.wire import decode, encode
 
-__all__ = ["Address", "Channel", "connect", "frame", "listen"]
+__all__ = ["HEADER_BYTES", "Address", "Channel", "connect", "frame", "heading", "listen"]
 
 _HEADER = struct.Struct("<QB")
 """Length of the pickle, and how many descriptors come with it."""
+HEADER_BYTES = _HEADER.size
 _PIECE = 1 << 16
 _SEND_S = 30.0
 _ANCILLARY_BYTES = socket.CMSG_LEN(4 * array.array("i").itemsize)
@@ -36,7 +37,12 @@ Address = tuple[str, bytes]
 
 def frame(payload: bytes, descriptors: int = 0) -> bytes:
     """What goes over the socket for a message that ``encode`` made: made once, it can be sent to many."""
-    return _HEADER.pack(len(payload), descriptors) + payload
+    return heading(len(payload), descriptors) + payload
+
+
+def heading(length: int, descriptors: int = 0) -> bytes:
+    """With what the frame of a message of ``length`` bytes begins."""
+    return _HEADER.pack(length, descriptors)
 
 
 def listen() -> tuple[socket.socket, Address]:
@@ -141,6 +147,11 @@ class Channel:
         """Whether something waits for the peer to read."""
         return bool(self._output)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way, in either direction."""
+        return not (self._output or self._input)
+
     def flush(self) -> None:
         """Send what goes at once of what is pending.
 
@@ -181,10 +192,16 @@ class Channel:
                 raise EOFError("the peer is gone") from None
             if not count:
                 raise EOFError("the peer is gone")
+            if not (self._input or ancillary) and self._is_whole(count):
+                return decode(bytes(self._room[HEADER_BYTES:count])), []
             self._input += memoryview(self._room)[:count]
             for _, _, data in ancillary:  # nothing else than descriptors comes on such a socket
                 self._descriptors += array.array("i", data)
         return found
+
+    def _is_whole(self, count: int) -> bool:
+        """Whether what was read last is one message and nothing else, and has no descriptors to wait for."""
+        return count >= HEADER_BYTES and _HEADER.unpack_from(self._room) == (count - HEADER_BYTES, 0)
 
     def arrived(self) -> tuple[Any, list[int]] | None:
         """As ``take``, of what was read with the messages before; the socket is not looked at."""

@@ -1,7 +1,8 @@
 """The server's side of shared memory: one thread that owns the ``Server``, talks to workers and hands out slices.
 
 All of the server's state is touched by this thread alone; others (Ray's calls, the vote) reach it by ``call``. While it
-updates, helper threads share one pass with it or take slices from the same list: neither needs the interpreter.
+updates, helper threads share one pass with it or take slices from the same list: neither needs the interpreter. A step
+that is pushed as the one before was is taken whole without it; see ``usual``.
 """
 
 import contextlib
@@ -10,20 +11,20 @@ import queue
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from paramserver.arena import Arena
 from paramserver.errors import PushPullError, ServerLost
-from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, Hello, Push
-from paramserver.partition import Partition, Slice
-from paramserver.scratch import Scratch
+from paramserver.messages import Commit, Push
+from paramserver.partition import Slice
 from paramserver.team import Team
 from paramserver.transport.channel import Address, Channel, frame, listen
 from paramserver.transport.news import News
 from paramserver.transport.peer import Peer
+from paramserver.transport.served import Served
+from paramserver.transport.usual import usual_rounds
 from paramserver.transport.versions import VersionsArena
 from paramserver.transport.wire import (
     Arenas,
@@ -51,42 +52,6 @@ _LEAST_ELEMENTS = 1 << 20
 """4 MiB: for less nobody is told before the commit."""
 
 
-class Served(Protocol):
-    """What a hub serves: a ``Server``, or on its behalf a ``NodeSum``. See there."""
-
-    index: int
-    partition: Partition
-    version: int
-
-    @property
-    def updated(self) -> bool: ...
-    def hello(self) -> Hello: ...
-    def push(self, push: Push) -> None: ...
-    def missing(self) -> list[int]: ...
-    def ready_parts(self) -> list[tuple[int, int]]: ...
-    def update_part(self, index: int, part: int, scratch: Scratch) -> bool: ...
-    def update_together(
-        self, parts: Sequence[tuple[int, int]], team: Team, scratches: Sequence[Scratch]
-    ) -> list[tuple[int, int]]: ...
-    def new_scratch(self) -> Scratch: ...
-    @property
-    def last(self) -> Commit | None: ...
-    @property
-    def record(self) -> bytes: ...
-    def commit(
-        self,
-        busy: Iterable[Mapping[str, float]] = (),
-        *,
-        stop: bool = False,
-        leave: bool = False,
-        open_next: bool = True,
-    ) -> Commit: ...
-    def open_step(self) -> None: ...
-    def regroup(self, generation: int) -> None: ...
-    def readable(self, version: int) -> bool: ...
-    def integers(self, version: int) -> IntegerBlock: ...
-
-
 class Hub:
     """Serves one ``Server`` to the workers of its machine; use ``close`` at the end.
 
@@ -101,7 +66,7 @@ class Hub:
         own: the server's own arena, shown to keepers.
         on_stage: called in the hub's thread with step and stage, when something is first summed, when something was
             updated, and when a version is committed but nobody was told; if it gives ``drop-response``, nobody is.
-        before_word: called in the hub's thread with a commit before anybody hears of it.
+        foretell: whether steps may be taken without the interpreter, where there is a compiler.
     """
 
     def __init__(
@@ -115,19 +80,17 @@ class Hub:
         least_elements: int = _LEAST_ELEMENTS,
         own: Arena | None = None,
         on_stage: Callable[[int, str], object] | None = None,
-        before_word: Callable[[Commit], None] = lambda _: None,
+        foretell: bool = True,
     ) -> None:
         self.failure: BaseException | None = None
         """What ended the run here, once something has."""
         self.last = server.last
         """The commit of the current version, once one was made."""
-        self.stop = False
-        """Whether the version committed next is to be the run's last."""
-        self.leave = False
-        """Whether workers are to come back after it, since the membership changes."""
+        self._stop = self._leave = False
+        self.before_word: Callable[[Commit], None] | None = None
+        """Called in the hub's thread with a commit before anybody hears of it."""
         self._server = server
         self._on_stage = on_stage
-        self._before_word = before_word
         self._seen = (0, "")
         self.own = own
         self.versions = versions
@@ -151,6 +114,7 @@ class Hub:
         }
         for descriptor in self._handlers:
             self._epoll.register(descriptor, select.EPOLLIN)
+        self._usual = usual_rounds(server, self._pieces, versions, self._epoll.fileno(), threads) if foretell else None
         self._closed = threading.Event()
         self._gate = threading.Lock()
         self._gone = False
@@ -164,6 +128,30 @@ class Hub:
 
     address: Address
     """Where workers connect."""
+
+    @property
+    def stop(self) -> bool:
+        """Whether the version committed next is to be the run's last."""
+        return self._stop
+
+    @stop.setter
+    def stop(self, value: bool) -> None:
+        self._stop = value
+        self._say()
+
+    @property
+    def leave(self) -> bool:
+        """Whether workers are to come back after it, since the membership changes."""
+        return self._leave
+
+    @leave.setter
+    def leave(self, value: bool) -> None:
+        self._leave = value
+        self._say()
+
+    def _say(self) -> None:
+        if self._usual is not None:
+            self._usual.say(stop=self._stop, leave=self._leave)
 
     # -- from other threads ------------------------------------------------------------------------------------------
 
@@ -197,6 +185,8 @@ class Hub:
             self.call(self._shut).result()
             self._thread.join()
             self._team.close()
+            if self._usual is not None:
+                self._usual.close()
             with self._gate:
                 self._gone = True
                 os.close(self._wake)
@@ -206,6 +196,8 @@ class Hub:
     def _serve(self) -> None:
         while not self._closed.is_set():
             try:
+                if self._take_usual():
+                    continue
                 for descriptor, events in self._epoll.poll():
                     if self._closed.is_set():
                         return
@@ -217,6 +209,35 @@ class Hub:
                 self._fail(error)
             if not self._closed.is_set():
                 self._advance()
+
+    def _take_usual(self) -> bool:
+        """Take the open step whole, if it is as foretold; True if something was done, so that it is asked again."""
+        usual = self._usual
+        asked = self._on_stage or self.on_written or self.before_word or self._watched
+        if usual is None or asked or self.failure is not None or not usual.arm(self._peers):
+            return False
+        if usual.run():
+            self._conclude()
+            return True
+        if came := usual.take_back():
+            for peer, heard in came:
+                self._answer(peer, heard, [])
+            self._advance()  # it may be that nothing else comes
+        return bool(came)
+
+    def _conclude(self) -> None:
+        """The server's part of a step that was taken whole, while workers go on."""
+        assert self._usual is not None
+        message, sent = self._usual.answer, self._usual.sent()
+        for descriptor, peer in list(self._peers.items()):
+            if (count := sent.get(descriptor, 0)) < 0:
+                self._drop(peer)
+            elif count < len(message):
+                self._tell(peer, message[count:])
+        commit = self.last = self._usual.conclude()
+        self._on_change(commit)
+        self._begin_step()
+        self._server.open_step()
 
     def _shut(self) -> None:
         self._closed.set()
@@ -271,6 +292,9 @@ class Hub:
                 self._server.push(peer.find(message, self._pieces))
             except PushPullError as error:
                 self._tell(peer, frame(encode(Failed(error))))
+            else:
+                if self._usual is not None:
+                    self._usual.note(peer, message)
         elif isinstance(message, AttachArena):
             peer.arenas[message.arena] = Arena.attach(descriptors[0])
             peer.arenas[message.arena].close()
@@ -362,13 +386,16 @@ class Hub:
         share = self._wall / total if (total := sum(busy.values())) else 0.0
         shares = {stage: seconds * share for stage, seconds in busy.items()}
         commit = server.commit([shares], stop=self.stop, leave=self.leave, open_next=False)
-        self._before_word(commit)
+        if self.before_word is not None:
+            self.before_word(commit)
         self.versions.commit(server.index, server.version)
         self.last = commit
         if self._look("commit") != "drop-response":
             self._tell_all(frame(encode_committed(server.record)))
         # What follows is done while workers go on.
         self._on_change(commit)
+        if self._usual is not None:
+            self._usual.begin_step()
         self._begin_step()
         server.open_step()
 
@@ -392,6 +419,8 @@ class Hub:
         """
         for peer in list(self._peers.values()):
             self._drop(peer)
+        if self._usual is not None:
+            self._usual.forget()
         self._watched = False
         self.failure = None
         self.leave = False

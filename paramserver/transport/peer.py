@@ -10,18 +10,18 @@ from torch import Tensor
 from paramserver.arena import Arena
 from paramserver.errors import PartitionMismatch
 from paramserver.integers import IntegerBlock
-from paramserver.messages import MicrobatchStats, Push
+from paramserver.messages import Push
 from paramserver.partition import Slice
 from paramserver.transport.channel import Channel
 from paramserver.transport.wire import Heard, Lasting, Place, VectorPlace, read_lasting
 
-__all__ = ["Peer"]
+__all__ = ["Known", "Peer"]
 
 _KEPT = 256
 """More kinds of pushes than a worker has, unless backward ends in ever another order."""
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """A kind of push of which a hub has made sense."""
 
     lasting: Lasting
@@ -34,7 +34,9 @@ class Peer:
 
     channel: Channel
     arenas: dict[int, Arena] = field(default_factory=dict)
-    known: dict[bytes, _Known] = field(default_factory=dict)
+    known: dict[bytes, Known] = field(default_factory=dict)
+    slots: dict[int, Known] = field(default_factory=dict)
+    """By number, as the worker says it."""
     stuck: bool = False
     """Whether something waits until it reads."""
     watches: bool = False
@@ -46,19 +48,31 @@ class Peer:
         Raises:
             PartitionMismatch: if it names memory that was not shown.
         """
-        lasting, slices = self.known.get(heard.lasting) or self._learn(heard.lasting, pieces)
+        known = self.kind(heard, pieces)
+        lasting = known.lasting
         return Push(
             lasting.run,
             heard.step,
             lasting.generation,
             lasting.worker,
             lasting.node,
-            slices,
-            tuple(MicrobatchStats(*row) for row in heard.rows),
+            known.slices,
+            heard.rows,
             IntegerBlock(lasting.layout, heard.integers),
         )
 
-    def _learn(self, data: bytes, pieces: Sequence[Slice]) -> _Known:
+    def kind(self, heard: Heard, pieces: Sequence[Slice]) -> Known:
+        """What is the same in every such push; see ``find``."""
+        if heard.lasting is None:
+            if (kept := self.slots.get(heard.slot)) is None:
+                raise PartitionMismatch("push of a kind that was not told of before")
+            return kept
+        known = self.known.get(heard.lasting) or self._learn(heard.lasting, pieces)
+        if heard.slot >= 0:
+            self.slots[heard.slot] = known
+        return known
+
+    def _learn(self, data: bytes, pieces: Sequence[Slice]) -> Known:
         lasting = read_lasting(data)
         try:
             if isinstance(lasting.slices, VectorPlace):
@@ -72,7 +86,7 @@ class Peer:
             raise PartitionMismatch(f"push of worker {lasting.worker} names memory that it did not attach") from error
         if len(self.known) >= _KEPT:
             self.known.clear()
-        known = self.known[data] = _Known(lasting, slices)
+        known = self.known[data] = Known(lasting, slices)
         return known
 
     def _tensor(self, place: Place) -> Tensor:

@@ -34,12 +34,16 @@ from paramserver.transport.wire import (
     Watch,
     Welcome,
     encode,
+    encode_again,
+    encode_lasting,
 )
 
 __all__ = ["SharedMemoryTransport"]
 
 _CONNECT_S = 30.0
 _ANSWER_S = 5.0
+_SLOTS = 256
+"""Kinds of pushes of which a hub is asked to keep what is the same in every step: more than a worker usually has."""
 _LOOK_S = 2.0
 """How often a wait looks whether what it waits for has come without a word."""
 
@@ -58,6 +62,8 @@ class _Line:
     commit: Commit | None = None
     watched: bool = False
     """Whether the hub was asked to say when slices have their next version."""
+    slots: dict[bytes, int] = field(default_factory=dict)
+    """Where the hub keeps what is the same in every step, by what that is."""
 
     @cached_property
     def versions(self) -> VersionsArena:
@@ -153,23 +159,36 @@ class SharedMemoryTransport:
 
     def push(self, server: int, push: Push) -> None:
         """See ``Transport.push``."""
-        message = self._in_arena(push)
-        if message is None:
+        arrival = self._in_arena(push)
+        if arrival is None:
             places = {index: self._place(values, push.step) for index, values in push.slices.items()}
-            message = frame(encode(_arrival(push, places)))
-        self._send(server, message)
+            arrival = _arrival(push, places)
+        self._send_arrival(server, arrival)
 
     def prepare(self, server: int, push: Push) -> Callable[[], None]:
         """See ``Transport.prepare``: for a vector that lies in an arena a ready-made message is left to be sent."""
-        message = self._in_arena(push)
-        return partial(self.push, server, push) if message is None else partial(self._send, server, message)
+        if (arrival := self._in_arena(push)) is None:
+            return partial(self.push, server, push)
+        slot = self._lines[server].slots.get(encode_lasting(arrival))
+        if slot is None:
+            return partial(self._send_arrival, server, arrival)
+        return partial(self._send, server, frame(encode_again(arrival.push, slot)))
 
-    def _in_arena(self, push: Push) -> bytes | None:
+    def _in_arena(self, push: Push) -> Arrival | None:
         """What says where the slices lie, if they are of one vector in an arena."""
         if not isinstance(push.slices, FlatSlices) or (place := self._find(push.slices.flat)) is None:
             return None
-        indices = tuple(piece.index for piece in push.slices.pieces)
-        return frame(encode(_arrival(push, VectorPlace(place, indices))))
+        return _arrival(push, VectorPlace(place, tuple(piece.index for piece in push.slices.pieces)))
+
+    def _send_arrival(self, server: int, arrival: Arrival) -> None:
+        slots = self._lines[server].slots
+        lasting = encode_lasting(arrival)
+        if (slot := slots.get(lasting)) is not None:
+            self._send(server, frame(encode_again(arrival.push, slot)))
+            return
+        if len(slots) < _SLOTS:
+            arrival = arrival._replace(slot=slots.setdefault(lasting, len(slots)))
+        self._send(server, frame(encode(arrival)))
 
     def _find(self, values: Tensor) -> Place | None:
         """Where a tensor lies, if it is in an arena."""
@@ -197,7 +216,16 @@ class SharedMemoryTransport:
 
     def wait(self, server: int, version: int, timeout_s: float) -> Commit:
         """See ``Transport.wait``."""
-        line, deadline = self._lines[server], time.monotonic() + timeout_s
+        line = self._lines[server]
+        if line.version < version or line.commit is None:
+            self._await_commit(line, version, timeout_s)
+        if not line.channel.idle:
+            self._listen_to_errors(server)
+        assert line.commit is not None
+        return line.commit
+
+    def _await_commit(self, line: _Line, version: int, timeout_s: float) -> None:
+        server, deadline = line.server, time.monotonic() + timeout_s
         while line.version < version or line.commit is None:
             try:
                 self._listen(server, min(deadline, time.monotonic() + _LOOK_S))
@@ -206,8 +234,6 @@ class SharedMemoryTransport:
                     self._tell(server, AskCommit())  # word of it is lost
                 elif time.monotonic() >= deadline:
                     raise self._late(server, version, timeout_s) from None
-        self._listen_to_errors(server)
-        return line.commit
 
     def await_slices(self, version: int, pieces: Sequence[Slice], timeout_s: float) -> None:
         """See ``Transport.await_slices``."""
@@ -244,13 +270,15 @@ class SharedMemoryTransport:
 
     def fetch(self, server: int, version: int, timeout_s: float) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
         """See ``Transport.fetch``."""
-        line, deadline = self._lines[server], time.monotonic() + timeout_s
+        line = self._lines[server]
         committed = line.versions.committed(server)
-        while line.version < version <= committed:
-            try:
-                self._listen(server, deadline)
-            except TimeoutError:
-                raise self._late(server, version, timeout_s) from None
+        if line.version < version <= committed:
+            deadline = time.monotonic() + timeout_s
+            while line.version < version <= committed:
+                try:
+                    self._listen(server, deadline)
+                except TimeoutError:
+                    raise self._late(server, version, timeout_s) from None
         if version not in line.integers or version < committed - 1:
             raise VersionGone(f"server {server} has version {committed}, not {version}")
         return line.slices[version % 2], line.integers[version]
@@ -265,12 +293,12 @@ class SharedMemoryTransport:
         return message
 
     def _understand(self, server: int, message: object) -> None:
-        line = self._lines[server]
-        if isinstance(message, Failed):
-            raise message.error
         if isinstance(message, Committed):
-            line.version, line.commit = message.commit.version, message.commit
-            line.integers = {line.version: message.integers}
+            line, commit = self._lines[server], message.commit
+            line.version, line.commit = commit.version, commit
+            line.integers = {commit.version: message.integers}
+        elif isinstance(message, Failed):
+            raise message.error
 
     def _listen_to_errors(self, server: int) -> None:
         """Raise an error that came behind the commit that was waited for."""

@@ -70,6 +70,12 @@ class VersionsArena:
         for piece in pieces:
             self._written[piece.index] = version
 
+    def addresses(self, pieces: Iterable[Slice], server: int) -> tuple[list[int], int]:
+        """Where the words of slices and of a server lie, for code that writes them as ``mark`` and ``commit`` do."""
+        words = self.arena.tensor(0, 1).data_ptr()
+        first = words + _WORD_BYTES * len(self._committed)
+        return [first + _WORD_BYTES * piece.index for piece in pieces], words + _WORD_BYTES * server
+
     def note(self, worker: int, word: int) -> None:
         """A worker says where it is."""
         self._workers[worker % _WORKERS] = word

@@ -2,11 +2,22 @@
 
 import marshal
 import pickle
+import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from paramserver.integers import IntegerBlock
-from paramserver.messages import Commit, Hello, Push, pack_commit, unpack_commit
+from paramserver.messages import (
+    ROW,
+    Commit,
+    Hello,
+    MicrobatchStats,
+    Push,
+    pack_commit,
+    pack_rows,
+    unpack_commit,
+    unpack_rows,
+)
 from paramserver.reduction import Node
 
 __all__ = [
@@ -26,9 +37,12 @@ __all__ = [
     "Watch",
     "Welcome",
     "Written",
+    "again_head",
     "decode",
     "encode",
+    "encode_again",
     "encode_committed",
+    "encode_lasting",
     "read_lasting",
 ]
 
@@ -64,16 +78,19 @@ class Arrival(NamedTuple):
 
     push: Push
     slices: Mapping[int, Place] | VectorPlace
+    slot: int = -1
+    """Where the hub is to keep what is the same in every step, so that ``encode_again`` may follow; -1: nowhere."""
 
 
 class Heard(NamedTuple):
     """An ``Arrival`` as it comes out: of what is the same in every step a hub has made sense before."""
 
-    lasting: bytes
-    """See ``read_lasting``."""
+    lasting: bytes | None
+    """See ``read_lasting``; None: what is kept in the slot."""
+    slot: int
     step: int
-    rows: tuple[tuple[int, float, float, int], ...]
-    """Of each microbatch; see ``MicrobatchStats``."""
+    rows: tuple[MicrobatchStats, ...]
+    """Of each microbatch."""
     integers: bytes
     """Content of the block of integer buffers."""
 
@@ -143,28 +160,47 @@ class Failed(NamedTuple):
     error: BaseException
 
 
-# Messages of every step are marshalled as tuples of plain values: pickle looks each class up by its name, which in
-# caches that a backward has just swept takes longer than all the rest. Everything else is pickled.
+# Messages of every step are plain values at fixed places: pickle looks each class up by its name, which in caches that
+# a backward has just swept takes longer than all the rest. Everything else is pickled.
 
-_ARRIVAL, _COMMITTED, _PICKLE = b"A", b"C", b"P"
+_ARRIVAL, _AGAIN, _COMMITTED, _PICKLE = b"A", b"S", b"C", b"P"
+_ABOUT = struct.Struct("<cqqi")
+"""Kind, slot, step, and bytes of the rows. Those follow, then the integer buffers."""
 
 
 def encode(message: object) -> bytes:
     """The message as bytes."""
     if isinstance(message, Arrival):
-        push, slices = message.push, message.slices
-        assert isinstance(push.integers, IntegerBlock)
-        places: Any = (
-            (tuple(slices.place), slices.slices)
-            if isinstance(slices, VectorPlace)
-            else (None, tuple((index, *place) for index, place in slices.items()))
-        )
-        lasting = (push.run, push.generation, push.worker, tuple(push.node), push.integers.layout, places)
-        rows = tuple(tuple(row) for row in push.stats)
-        return _ARRIVAL + marshal.dumps((marshal.dumps(lasting), push.step, rows, push.integers.to_bytes()))
+        lasting = encode_lasting(message)
+        head = struct.pack("<ci", _ARRIVAL, len(lasting))
+        return head + lasting + encode_again(message.push, message.slot)
     if isinstance(message, Committed):
         return encode_committed(pack_commit(message.commit, message.integers))
     return _PICKLE + pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def encode_lasting(arrival: Arrival) -> bytes:
+    """What of an arrival is the same in every step; see ``read_lasting``."""
+    push, slices = arrival.push, arrival.slices
+    assert isinstance(push.integers, IntegerBlock)
+    places: Any = (
+        (tuple(slices.place), slices.slices)
+        if isinstance(slices, VectorPlace)
+        else (None, tuple((index, *place) for index, place in slices.items()))
+    )
+    return marshal.dumps((push.run, push.generation, push.worker, tuple(push.node), push.integers.layout, places))
+
+
+def encode_again(push: Push, slot: int) -> bytes:
+    """An arrival of which the hub keeps in ``slot`` all that is the same in every step."""
+    assert isinstance(push.integers, IntegerBlock)
+    rows = pack_rows(push.stats)
+    return _ABOUT.pack(_AGAIN, slot, push.step, len(rows)) + rows + push.integers.to_bytes()
+
+
+def again_head(slot: int, step: int, num_rows: int) -> bytes:
+    """With what ``encode_again`` begins, up to the rows."""
+    return _ABOUT.pack(_AGAIN, slot, step, ROW.size * num_rows)
 
 
 def encode_committed(record: bytes) -> bytes:
@@ -174,12 +210,23 @@ def encode_committed(record: bytes) -> bytes:
 
 def decode(data: bytes) -> object:
     """The message that ``encode`` made bytes of, an ``Arrival`` as ``Heard``; from a trusted peer alone."""
-    if data[:1] == _ARRIVAL:
-        return Heard(*marshal.loads(data[1:]))
-    if data[:1] == _COMMITTED:
+    kind = data[:1]
+    if kind == _COMMITTED:
         return Committed(*unpack_commit(data[1:]))
+    if kind == _AGAIN:
+        return _read_again(data, 0, None)
+    if kind == _ARRIVAL:
+        begin = struct.calcsize("<ci")
+        end = begin + struct.unpack_from("<ci", data)[1]
+        return _read_again(data, end, data[begin:end])
     message: object = pickle.loads(data[1:])
     return message
+
+
+def _read_again(data: bytes, start: int, lasting: bytes | None) -> Heard:
+    _, slot, step, of_rows = _ABOUT.unpack_from(data, start)
+    rows = start + _ABOUT.size
+    return Heard(lasting, slot, step, unpack_rows(data, rows, rows + of_rows), data[rows + of_rows :])
 
 
 def read_lasting(data: bytes) -> Lasting:

@@ -33,6 +33,7 @@ PLACE = Place(1, 4096, 300, "float32")
 COMMIT = Commit(6, ROWS, 0.1, True, 2.5, 0.5, {"update": 1.5, "aggregate": 0.5}, 1, True, 3, True)
 MESSAGES: dict[str, Any] = {
     "a vector": Arrival(PUSH, VectorPlace(PLACE, (0, 2))),
+    "a vector of a kind": Arrival(PUSH, VectorPlace(PLACE, (0, 2)), 3),
     "slices of their own": Arrival(PUSH, {0: PLACE, 3: Place(0, 0, 7, "float64")}),
     "nothing": Arrival(PUSH._replace(stats=(), integers=IntegerBlock.pack({})), {}),
     "a commit": Committed(COMMIT, INTEGERS),
@@ -58,11 +59,11 @@ def test_a_message_arrives_as_it_was_sent(message: Any) -> None:
 
 def _arrival(heard: Heard) -> Arrival:
     """What was sent, put together from both of its parts."""
+    assert heard.lasting is not None
     lasting = read_lasting(heard.lasting)
-    rows = tuple(MicrobatchStats(*row) for row in heard.rows)
     integers = IntegerBlock(lasting.layout, heard.integers)
     about = (lasting.run, heard.step, lasting.generation, lasting.worker, lasting.node)
-    return Arrival(Push(*about, {}, rows, integers), lasting.slices)
+    return Arrival(Push(*about, {}, heard.rows, integers), lasting.slices, heard.slot)
 
 
 def test_what_lasts_is_the_same_bytes_in_every_step() -> None:

@@ -73,6 +73,34 @@ def test_point_to_takes_another_vector_without_copying(channels_last: bool) -> N
     assert replica.model.get_parameter("stem.weight").grad is not None
 
 
+def test_a_parameter_that_points_ahead_once_its_gradient_is_made_is_read_no_more() -> None:
+    plain, ahead = _replica(), _replica()
+    torch.manual_seed(1)  # dropout
+    _loss(plain.model).backward()
+    spoilt = torch.full((ahead.partition.length,), torch.nan)
+    for index, (_, parameter) in enumerate(ahead.parameters):
+        parameter.register_post_accumulate_grad_hook(lambda _, index=index: ahead.point_ahead(index, spoilt))
+    torch.manual_seed(1)
+    _loss(ahead.model).backward()
+    for (key, wanted), (_, parameter) in zip(plain.parameters, ahead.parameters, strict=True):
+        assert torch.equal(parameter.grad, wanted.grad), key.name
+        assert parameter.data_ptr() == spoilt.data_ptr() + 4 * key.offset
+    ahead.point_to(spoilt)
+    assert ahead.values is spoilt
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_all_parameters_point_to_one_vector_whichever_went_ahead(given_up: bool) -> None:
+    replica = _replica()
+    first, other = replica.values, replica.values.clone()
+    replica.point_ahead(0, other)
+    wanted = first if given_up else other
+    replica.point_to(wanted)
+    assert replica.values is wanted
+    for key, parameter in replica.parameters:
+        assert parameter.data_ptr() == wanted.data_ptr() + 4 * key.offset
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_gradients_are_taken_out_and_dropped(channels_last: bool) -> None:
     replica = _replica(channels_last=channels_last)

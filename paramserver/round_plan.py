@@ -1,0 +1,41 @@
+"""What a server's next update will be if workers push what they have pushed last: known before anything arrives."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from paramserver.fused import Pass
+
+__all__ = ["Divisor", "PlannedChunk", "RoundPlan"]
+
+
+class Divisor(NamedTuple):
+    """A number in a planned chunk that is known once all rows are."""
+
+    address: int
+    """Of a fp32 number."""
+    counts_samples: bool
+    """Whether it is the number of samples, or else the sum of weights; at least 1."""
+
+
+class PlannedChunk(NamedTuple):
+    """One chunk of the update."""
+
+    function: Pass
+    chunk: ctypes.Structure
+    """For ``Work``, but for the divisor."""
+    divisor: Divisor
+
+
+class RoundPlan(NamedTuple):
+    """The update of an open step; good until the server is touched."""
+
+    version: int
+    """That it makes."""
+    chunks: Sequence[PlannedChunk]
+    record: bytes
+    """As ``pack_commit`` makes it, but for rows, last worker, integer buffers, flags and times."""
+    kept: int
+    """Address where a record of this length is kept, behind its length."""
+    kept_version: int
+    """Address of the word that is ``version + 1`` once it is."""

@@ -1,0 +1,142 @@
+"""Whether a hub's next round is one of the usual kind, and the bookkeeping around it; see ``exchange``."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from paramserver.fused import PassUnavailable
+from paramserver.messages import Commit
+from paramserver.partition import Slice
+from paramserver.transport.channel import HEADER_BYTES
+from paramserver.transport.exchange import Exchange, Foretold, Words
+from paramserver.transport.peer import Peer
+from paramserver.transport.served import Served
+from paramserver.transport.versions import VersionsArena
+from paramserver.transport.wire import Heard, decode
+
+__all__ = ["UsualRounds", "usual_rounds"]
+
+
+class _Contribution(NamedTuple):
+    """A push, and who has sent it."""
+
+    peer: Peer
+    heard: Heard
+
+
+class UsualRounds:
+    """Foretells each step from the one before; for the hub's thread alone, but for ``say``.
+
+    Args:
+        server: what the hub serves.
+        pieces: its slices.
+        versions: the arena that workers map.
+        epoll: descriptor of what the hub waits with.
+        threads: how many work on a pass.
+
+    Raises:
+        PassUnavailable: if there is no compiler.
+    """
+
+    def __init__(
+        self, server: Served, pieces: Sequence[Slice], versions: VersionsArena, epoll: int, threads: int
+    ) -> None:
+        self._server = server
+        self._pieces = pieces
+        self._exchange = Exchange(epoll, threads, Words(*versions.addresses(pieces, server.index)))
+        self._last: list[_Contribution] = []
+        """The pushes of the step that was committed last."""
+        self._open: list[_Contribution] = []
+        """Those of the open step that Python has taken."""
+
+    def say(self, *, stop: bool, leave: bool) -> None:
+        """What the next commit says."""
+        self._exchange.say(stop=stop, leave=leave)
+
+    def note(self, peer: Peer, heard: Heard) -> None:
+        """A push was taken another way."""
+        self._open.append(_Contribution(peer, heard))
+
+    def begin_step(self) -> None:
+        """The open step was committed another way."""
+        self._last, self._open = self._open, []
+
+    def forget(self) -> None:
+        """Nothing is to be concluded from what was pushed so far."""
+        self._last, self._open = [], []
+
+    def arm(self, peers: Mapping[int, Peer]) -> bool:
+        """Be ready for the open step, if it can be foretold: ``run`` may follow."""
+        last, step = self._last, self._server.version
+        if not last or self._open:
+            return False
+        sockets = [contribution.peer.channel.fileno() for contribution in last]
+        if len(set(sockets)) < len(sockets) or not all(_may_repeat(peers, c, step) for c in last):
+            self._last = []
+            return False
+        again = [c.peer.find(c.heard._replace(lasting=None, step=step), self._pieces) for c in last]
+        plan = self._server.plan(again)
+        if plan is None:
+            self._last = []  # asked once a step
+            return False
+        self._exchange.arm(
+            plan,
+            [
+                Foretold(socket, push.worker, c.heard.slot, step, push.node, len(c.heard.integers))
+                for socket, c, push in zip(sockets, last, again, strict=True)
+            ],
+        )
+        return True
+
+    def run(self) -> bool:
+        """Carry the step out, and tell all who have pushed; False if something else has happened."""
+        return self._exchange.run()
+
+    def take_back(self) -> list[tuple[Peer, Heard]]:
+        """What has come before ``run`` gave up; ``note`` follows for each that is taken."""
+        if self._exchange.began:
+            self._server.interrupt()
+        return self._came()
+
+    def conclude(self) -> Commit:
+        """After a round that was done: let the server know what has happened to it."""
+        self._last = [_Contribution(*came) for came in self._came()]
+        pushes = [peer.find(heard, self._pieces) for peer, heard in self._last]
+        return self._server.conclude(pushes, self._exchange.record)
+
+    def _came(self) -> list[tuple[Peer, Heard]]:
+        found: list[tuple[Peer, Heard]] = []
+        for index, contribution in enumerate(self._last):
+            if (taken := self._exchange.taken(index)) is not None:
+                heard = decode(taken[HEADER_BYTES:])
+                assert isinstance(heard, Heard)
+                found.append((contribution.peer, heard))
+        return found
+
+    @property
+    def answer(self) -> bytes:
+        """The frame by which contributors were told."""
+        return self._exchange.answer
+
+    def sent(self) -> dict[int, int]:
+        """How much of it was sent, by descriptor of the socket; -1: who is there is gone."""
+        return {c.peer.channel.fileno(): self._exchange.sent(index) for index, c in enumerate(self._last)}
+
+    def close(self) -> None:
+        """End the threads."""
+        self._exchange.close()
+
+
+def _may_repeat(peers: Mapping[int, Peer], contribution: _Contribution, step: int) -> bool:
+    peer, heard = contribution
+    connected = peers.get(peer.channel.fileno()) is peer
+    return connected and peer.channel.idle and heard.slot >= 0 and heard.step == step - 1
+
+
+def usual_rounds(
+    server: Served, pieces: Sequence[Slice], versions: VersionsArena, epoll: int, threads: int
+) -> UsualRounds | None:
+    """The same, or None where there is no compiler."""
+    try:
+        return UsualRounds(server, pieces, versions, epoll, threads)
+    except PassUnavailable:
+        return None
