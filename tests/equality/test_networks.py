@@ -14,7 +14,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "mobilenet_v3_small": {"task": "classify", "image_size": 64},
     "vit_b_16": {"task": "classify", "image_size": 32, "lr": 0.001},
     "ssd300_vgg16": {"task": "ssd", "lr": 0.001},
-    "ssd300_resnet50": {"task": "ssd", "lr": 0.001},
+    "ssd300_resnet50": {"task": "ssd", "lr": 0.001, "batch_size": 9},  # its last batch norm sees a value an image
     "fasterrcnn_mobilenet_v3_large_320_fpn": {"task": "rcnn", "image_size": 64, "lr": 0.001},
     "maskrcnn_resnet50_fpn": {"task": "rcnn", "image_size": 64, "lr": 0.001},
     "fcn32s_vgg16": {"task": "fcn", "image_size": "48x64"},
