@@ -87,7 +87,7 @@ class HostMemory:
         self._replica.point_to(vector)
 
     def bring(self, version: int, slices: Sequence[Slice]) -> None:
-        """Wait until slices stand at ``version`` in the replica."""
+        """Wait until slices stand at ``version`` in the replica, where it has them in place."""
         self._client.await_slices(version, slices)
 
     def release(self) -> None:
@@ -195,9 +195,6 @@ class PinnedMemory(HostMemory):
         """See ``HostMemory.show``."""
         assert self._queued is not None
         self._queued.show(version)
-
-    def bring(self, version: int, slices: Sequence[Slice]) -> None:
-        """See ``HostMemory.bring``: the device waits itself."""
 
     def release(self) -> None:
         """See ``HostMemory.release``."""

@@ -22,8 +22,6 @@ from paramserver.transport.wire import again_head, encode_committed
 
 __all__ = ["Exchange", "Foretold", "Words", "prepare_exchange"]
 
-_INT64_BYTES = 8
-
 
 class Foretold(NamedTuple):
     """A push that is expected."""
