@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/pushpull bench ssd fcn --workers 1,2 --backends single,ps,ddp --repeats 1 --steps 4 --warmup 1 \
+	$(BIN)/pushpull bench ssd fcn --workers 1,2 --backends single,ps,ddp --repeats 1 --steps 4 --warmup 2 \
 		--image-size 128 --batch-size 8 --scaling weak --label "demo size" --out . --name demo --overwrite
 
 test: $(STAMP)
