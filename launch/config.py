@@ -8,7 +8,7 @@ from paramserver.config import OnNan, OptimizerName, ScheduleName, WirePrecision
 from paramserver.errors import ConfigError
 from workers.config import Precision
 
-__all__ = ["Backend", "Device", "RunConfig", "parse_image_size", "parse_pairs"]
+__all__ = ["Backend", "Device", "RunConfig", "parse_image_size", "parse_pairs", "parse_steps"]
 
 Backend = Literal["single", "ps", "ddp"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -143,6 +143,9 @@ class RunConfig:
     """Steps between comparisons of what each worker holds with what the servers committed (ps); 0: never."""
     fingerprint_every: int = 0
     """Steps between fingerprints in metrics.jsonl, by which pushpull diff finds where two runs part; 0: none."""
+    profile_steps: str | None = None
+    """Steps of which each worker writes a trace into the run's folder profile/, on its own machine, e.g. 5-7
+    (torch.profiler; for Perfetto or chrome://tracing)."""
     faults: str | None = None
     """YAML file of faults to happen to the run, e.g. '- kill: {role: worker, index: 1, step: 3, stage: push}' (ps)."""
     replicas: int = 0
@@ -201,6 +204,7 @@ class RunConfig:
             )
         if self.resume == "auto" and self.name is None:
             raise ConfigError("--resume auto looks into the run's own folder: say which by --name")
+        parse_steps(self.profile_steps)
         if self.step_timeout is not None and not self.step_timeout > 0:
             raise ConfigError(f"--step-timeout is {self.step_timeout}: it must be above 0 seconds")
 
@@ -216,6 +220,20 @@ def parse_image_size(text: int | str | None) -> tuple[int, int] | None:
     parts = str(text).lower().replace(",", "x").split("x")
     if len(parts) not in (1, 2) or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(f"--image-size {text!r} is neither a number nor HxW, e.g. 256 or 320x480")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_steps(text: int | str | None) -> tuple[int, int] | None:
+    """``7`` or ``5-7`` as first and last step.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in str(text).split("-")]
+    if len(parts) > 2 or not all(part.isdigit() for part in parts) or not 1 <= int(parts[0]) <= int(parts[-1]):
+        raise ConfigError(f"--profile-steps {text!r} is neither a step nor the first and the last of some, e.g. 5-7")
     return int(parts[0]), int(parts[-1])
 
 

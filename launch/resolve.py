@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cluster.session import check_address
-from launch.config import RunConfig, parse_image_size, parse_pairs
+from launch.config import RunConfig, parse_image_size, parse_pairs, parse_steps
 from launch.fault_file import read_faults
 from models.errors import TaskError
 from models.options import Recipe, TaskOptions
@@ -119,6 +119,9 @@ def resolve(config: RunConfig) -> Resolved:
         check_address(config.address)
     per_epoch = max(1, steps_in_epoch(num_samples, batch_size, drop_last=config.drop_last))
     steps = config.steps or (config.epochs or recipe.epochs) * per_epoch
+    profiled = parse_steps(config.profile_steps)
+    if profiled is not None and profiled[1] > steps:
+        raise ConfigError(f"--profile-steps {config.profile_steps}: the run has {steps} steps")
     filled = replace(
         config,
         task=source.name,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cluster.events import Event, Process
-from launch.config import RunConfig
+from launch.config import RunConfig, parse_steps
 from launch.console import RunConsole, as_note, start_block
 from launch.drivers import drive
 from launch.environment import environment
@@ -26,6 +26,7 @@ from launch.torchrun import run_under_torchrun
 from models.errors import TaskError
 from paramserver.errors import CheckpointError, PushPullError, WorkerLost
 from paramserver.state import State
+from workers.config import ProfileConfig
 from workers.install import check_install
 from workers.process_group import restarts, torchrun_rank
 
@@ -74,6 +75,7 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
         return RunResult(folder.path, {}, 0)
     if config.backend == "ddp" and rank is None:
         return _launch_ranks(resolved, folder, quiet=quiet)
+    resolved = _profiled(resolved, folder)
     if writes:
         folder.create(resolved.config)
         folder.write("env.json", environment())
@@ -90,6 +92,14 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
         return RunResult(folder.path, summary, status["exit_code"])
     finally:
         console.close()
+
+
+def _profiled(run: Resolved, folder: RunFolder) -> Resolved:
+    steps = parse_steps(run.config.profile_steps)
+    if steps is None:
+        return run
+    profile = ProfileConfig(first=steps[0], last=steps[1], folder=str((folder.path / "profile").absolute()))
+    return replace(run, worker=replace(run.worker, profile=profile))
 
 
 def _launch_ranks(resolved: Resolved, folder: RunFolder, *, quiet: bool) -> RunResult:

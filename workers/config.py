@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from paramserver.errors import ConfigError
 
-__all__ = ["DeviceKind", "PlanConfig", "Precision", "WorkerConfig"]
+__all__ = ["DeviceKind", "PlanConfig", "Precision", "ProfileConfig", "WorkerConfig"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DeviceKind = Literal["cpu", "cuda"]
@@ -38,6 +38,18 @@ class PlanConfig:
             )
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}: a run has at least one step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Of which steps each worker writes a trace."""
+
+    first: int
+    """The first one, from 1."""
+    last: int
+    """The last one, which is recorded, too."""
+    folder: str
+    """Where ``worker-N.json.gz`` is written, on the worker's own machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +92,8 @@ class WorkerConfig:
     """Whether the next forward pass may begin with the parameters that are there, likewise, and without a vote."""
     step_timeout_s: float = 300.0
     """Deadline of each wait for servers or other workers."""
+    profile: ProfileConfig | None = None
+    """What it writes a trace of, if anything."""
 
     @property
     def called(self) -> int:

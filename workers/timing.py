@@ -1,8 +1,9 @@
 """The eight stages of a step and the time that each costs on the worker's own clock."""
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 __all__ = ["PHASES", "PhaseTimer", "stage_of", "stage_word"]
 
@@ -14,16 +15,27 @@ class PhaseTimer:
 
     Args:
         on_enter: called with each stage before it begins.
+        around: makes what a block of a stage runs in, where its name is to stand in a trace.
     """
 
-    def __init__(self, on_enter: Callable[[str], object] | None = None) -> None:
+    def __init__(
+        self,
+        on_enter: Callable[[str], object] | None = None,
+        around: Callable[[str], AbstractContextManager[Any]] | None = None,
+    ) -> None:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._on_enter = on_enter
+        self._around = around
         self._phases = {name: _Phase(self, name) for name in PHASES}
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Book the block's time on ``name``; not inside a block of the same name."""
-        return self._phases[name]
+        return self._phases[name] if self._around is None else self._traced(name, self._around)
+
+    @contextmanager
+    def _traced(self, name: str, around: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+        with around(name), self._phases[name]:
+            yield
 
     def enter(self, name: str) -> float:
         """A block of ``name`` begins, at the time that is given back."""

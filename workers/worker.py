@@ -15,6 +15,7 @@ from workers.evaluation import evaluate
 from workers.faults import Observer
 from workers.minibatch import deal_runs
 from workers.precision import autocast, backward_scaled
+from workers.profiling import StepProfiler, stage_in_trace
 from workers.replica import Replica
 from workers.report import EvaluationReport, LedgerRow, StepReport
 from workers.samples import MicrobatchLoader, build_loader
@@ -62,7 +63,8 @@ class Worker:
         self._faults = faults
         self._at = backend.version + 1
         self._poisoned = False
-        self._timer = PhaseTimer(self._enter)
+        self._timer = PhaseTimer(self._enter, around=stage_in_trace if config.profile else None)
+        self._profiler = StepProfiler(config.profile, config.called, replica.device) if config.profile else None
         self._begun: _Begun | None = None
         self._ended = 0.0
         self._stepped = False
@@ -79,7 +81,7 @@ class Worker:
         if evaluate:
             yield from self._evaluation(self._backend.version)
         while train and self._backend.version < config.plan.steps:
-            report = self._step(self._backend.version)
+            report = self._profiled_step(self._backend.version)
             yield report
             if report.stop:
                 self._begun = None  # a pass that nobody will go on with
@@ -90,13 +92,23 @@ class Worker:
                 return
 
     def close(self) -> None:
-        """End what draws its samples."""
+        """End what draws its samples, and write what was recorded of steps that did not all come."""
         self._loader.close()
+        if self._profiler is not None:
+            self._profiler.close()
 
     def _enter(self, stage: str) -> None:
         self._backend.note(self._at, stage)
         if self._faults is not None and self._faults.at(self._at, stage) == "nan":
             self._poisoned = True
+
+    def _profiled_step(self, step: int) -> StepReport:
+        if self._profiler is None:
+            return self._step(step)
+        self._profiler.begin(step + 1)
+        report = self._step(step)
+        self._profiler.end(report.step)
+        return report
 
     def _step(self, step: int) -> StepReport:
         self._at = step + 1

@@ -24,14 +24,29 @@ SMALL = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in S
 BACKENDS = {"single": [], "ps": ["--workers", "2"], "ddp": ["--workers", "2"]}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_sigterm_writes_a_checkpoint_that_continues_to_the_same_bits(tmp_path: Path, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "group"),
+    [
+        ("single", False),
+        ("ps", True),
+        ("ddp", False),
+        pytest.param("single", True, marks=pytest.mark.slow),
+        pytest.param("ps", False, marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_writes_a_checkpoint_that_continues_to_the_same_bits(tmp_path: Path, backend: str, group: bool) -> None:
+    """To the process, or to its whole group with all its children, as timeout(1) and many a scheduler send it."""
+    folders, memory = ray_folders(), shared_memory()
     arguments = ["train", "ssd", "--backend", backend, *BACKENDS[backend], *SMALL, "--out", str(tmp_path)]
+    arguments += ["--loader-processes", "1"] if group else []
     process = start(*arguments, "--steps", "500", "--name", "stopped")
     wait_for_line(process, "step 2/")
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM) if group else process.send_signal(signal.SIGTERM)
     _, complaint = process.communicate(timeout=90)
     assert process.returncode == 143, complaint
+    assert "Traceback" not in complaint
+    assert gone(ray_folders() - folders) == []
+    assert shared_memory() <= memory, "loader processes have named semaphores"
     folder = tmp_path / "stopped"
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
     steps = json.loads((folder / "summary.json").read_text())["steps"]
@@ -41,23 +56,6 @@ def test_sigterm_writes_a_checkpoint_that_continues_to_the_same_bits(tmp_path: P
     resumed = train(tmp_path, "on", backend="single", resume=str(folder), **settings)
     whole = train(tmp_path, "whole", backend="single", **settings)
     assert resumed.summary["fingerprint"] == whole.summary["fingerprint"]
-
-
-@pytest.mark.parametrize("backend", ["single", "ps"])
-def test_sigterm_to_the_whole_group_ends_a_run_as_well(tmp_path: Path, backend: str) -> None:
-    """As timeout(1) and many a scheduler send it: loader processes and actors get it, too."""
-    folders, memory = ray_folders(), shared_memory()
-    arguments = ["train", "ssd", "--backend", backend, *BACKENDS[backend], *SMALL, "--loader-processes", "1"]
-    process = start(*arguments, "--steps", "500", "--out", str(tmp_path), "--name", "stopped")
-    wait_for_line(process, "step 2/")
-    os.killpg(process.pid, signal.SIGTERM)
-    _, complaint = process.communicate(timeout=90)
-    assert process.returncode == 143, complaint
-    assert "Traceback" not in complaint
-    steps = json.loads((tmp_path / "stopped" / "summary.json").read_text())["steps"]
-    assert (tmp_path / "stopped" / "checkpoints" / f"step_{steps}" / "meta.json").exists()
-    assert gone(ray_folders() - folders) == []
-    assert shared_memory() <= memory, "loader processes have named semaphores"
 
 
 def test_sigterm_to_loader_processes_that_have_not_begun_ends_a_run_as_well(tmp_path: Path) -> None:

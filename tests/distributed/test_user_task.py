@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backend", ["ps", "ddp"])
+@pytest.mark.parametrize("backend", ["ps", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_two_workers_give_the_bits_of_one(backend: str, folder: Path) -> None:
     ended = pushpull_in(folder, *TRAIN, "--backend", backend, "--workers", "2", "--name", backend)
     assert ended.returncode == 0, ended.stderr

@@ -16,33 +16,30 @@ from workers.checkpoint import load_checkpoint
 GRID = [(microbatches, batch_size) for microbatches in (2, 4) for batch_size in (16, 15)]
 
 
-@pytest.mark.parametrize("task", ["ssd", pytest.param("fcn", marks=pytest.mark.slow)])
-def test_two_ranks_give_the_bits_of_single(tmp_path: Path, task: str) -> None:
+def _grid(task: str) -> list[dict[str, Any]]:
+    return [{**SMALL[task], **HARD, "microbatches": M, "batch_size": batch_size} for M, batch_size in GRID]
+
+
+HARDEST: dict[str, Any] = {**SMALL["fcn"], **HARD}
+"""Of fcn's grid, of which the rest is slow."""
+EMPTY: dict[str, Any] = {**SMALL["ssd"], **HARD, "batch_size": 511, "microbatches": 2, "steps": 2}
+"""The second minibatch has one sample: rank 1 has none, joins with zeros, and DDP waits for all."""
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([*_grid("ssd"), HARDEST, EMPTY], id="all"),
+        pytest.param(_grid("fcn"), id="fcn", marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_give_the_bits_of_single(tmp_path: Path, cases: list[dict[str, Any]]) -> None:
     """Parameters and batch-norm buffers, with two and with four microbatches, equal and unequal."""
-    cases = [
-        {**SMALL[task], **HARD, "microbatches": microbatches, "batch_size": batch_size}
-        for microbatches, batch_size in GRID
-    ]
     found = run_ddp_cases(tmp_path, 2, cases)
     for index, (case, result) in enumerate(zip(cases, found, strict=True)):
         single = train(tmp_path, f"single{index}", backend="single", **case)
         assert result["fingerprint"] == single.summary["fingerprint"], case
         assert result["losses"][-1] == single.summary["loss"]["last"]
-
-
-def test_two_ranks_give_the_bits_of_single_for_fcn(tmp_path: Path) -> None:
-    """The hardest case of the grid above; the rest of it is slow."""
-    case = {**SMALL["fcn"], **HARD}
-    (result,) = run_ddp_cases(tmp_path, 2, [case])
-    assert result["fingerprint"] == train(tmp_path, "single", backend="single", **case).summary["fingerprint"]
-
-
-def test_a_rank_without_samples_joins_with_zeros(tmp_path: Path) -> None:
-    """The second minibatch has one sample: rank 1 has none, and DDP waits for all."""
-    case = {**SMALL["ssd"], **HARD, "batch_size": 511, "microbatches": 2, "steps": 2}
-    (result,) = run_ddp_cases(tmp_path, 2, [case])
-    single = train(tmp_path, "single", backend="single", **case)
-    assert result["fingerprint"] == single.summary["fingerprint"]
 
 
 @pytest.mark.parametrize("task", ["ssd", pytest.param("fcn", marks=pytest.mark.slow)])

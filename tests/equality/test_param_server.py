@@ -8,7 +8,7 @@ import pytest
 from tests.support.runs import HARD, SMALL, train
 
 ALL = [(task, workers, servers) for task in SMALL for workers in (1, 2, 3, 4) for servers in (1, 2)]
-CORE = [("ssd", 1, 2), ("ssd", 3, 2), ("ssd", 4, 1), ("fcn", 3, 2)]
+CORE = [("ssd", 1, 2), ("ssd", 4, 1), ("fcn", 3, 2)]
 """In every run; the others take minutes."""
 
 
@@ -43,7 +43,7 @@ def test_same_bits_with_overlap(ray_cluster: None, tmp_path: Path, single: dict[
     check(tmp_path, single, "ssd", 2, 1, overlap=True)
 
 
-@pytest.mark.parametrize(("task", "overlap"), [("ssd", False), ("fcn", True)])
+@pytest.mark.parametrize(("task", "overlap"), [pytest.param("ssd", False, marks=pytest.mark.slow), ("fcn", True)])
 def test_same_bits_when_forward_begins_early(
     ray_cluster: None, tmp_path: Path, single: dict[str, dict[str, Any]], task: str, overlap: bool
 ) -> None:

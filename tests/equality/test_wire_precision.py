@@ -77,8 +77,13 @@ def test_a_resumed_run_equals_the_one_that_never_stopped(
 BOTH = "residuals of sums over [0, 2), [2, 4) are dropped: in this run nobody sends"
 DROPPED: list[Any] = [
     pytest.param({"workers": 1}, BOTH, id="one worker"),
-    pytest.param({"wire_precision": "fp16"}, "it has --wire-precision bf16, this run has fp16", id="fp16"),
     pytest.param(SINGLE, "it has --wire-precision bf16, this run has fp32", id="single"),
+    pytest.param(
+        {"wire_precision": "fp16"},
+        "it has --wire-precision bf16, this run has fp16",
+        id="fp16",
+        marks=pytest.mark.slow,
+    ),
     # Two of three workers send what nobody sent before.
     pytest.param({"workers": 3}, "residuals of sums over [2, 4) are", id="three workers", marks=pytest.mark.slow),
     pytest.param({"transport": "auto"}, BOTH, id="no wire", marks=pytest.mark.slow),

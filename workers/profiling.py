@@ -1,0 +1,64 @@
+"""A trace of some steps: operations of the host and kernels of the device, for Perfetto or chrome://tracing."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from paramserver.errors import PushPullError
+from workers.config import ProfileConfig
+
+__all__ = ["StepProfiler", "stage_in_trace"]
+
+stage_in_trace = torch.profiler.record_function
+"""Makes a context that stands in a trace by its name."""
+
+
+class StepProfiler:
+    """Records a worker's steps by ``torch.profiler``, its stages among the operations. Such steps are slower.
+
+    Args:
+        config: which steps, and where the trace goes.
+        worker: what the worker is called in records, and so its trace.
+        device: on which it computes.
+    """
+
+    def __init__(self, config: ProfileConfig, worker: int, device: torch.device) -> None:
+        self._config = config
+        self._path = Path(config.folder) / f"worker-{worker}.json.gz"
+        self._activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.type == "cuda":
+            self._activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._recording: torch.profiler.profile | None = None
+
+    def begin(self, step: int) -> None:
+        """Step ``step``, from 1, comes next."""
+        if self._recording is None and self._config.first <= step <= self._config.last:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would speak of its own start, and of GPUs on a CPU
+            self._recording = torch.profiler.profile(activities=self._activities)
+            self._recording.start()
+
+    def end(self, step: int) -> None:
+        """Step ``step`` is committed: after the last one the trace is written.
+
+        Raises:
+            PushPullError: if it cannot be.
+        """
+        if step >= self._config.last:
+            self.close()
+
+    def close(self) -> None:
+        """No step follows: write what was recorded, if anything was.
+
+        Raises:
+            PushPullError: if it cannot be.
+        """
+        recording, self._recording = self._recording, None
+        if recording is None:
+            return
+        recording.stop()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            recording.export_chrome_trace(str(self._path))
+        except OSError as error:
+            raise PushPullError(f"{self._path} cannot be written ({error.strerror}): is the disk full?") from error
