@@ -29,36 +29,42 @@ class StepProfiler:
         self._activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             self._activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._recording: torch.profiler.profile | None = None
 
     def begin(self, step: int) -> None:
         """Step ``step``, from 1, comes next."""
-        if self._recording is None and self._config.first <= step <= self._config.last:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would speak of its own start, and of GPUs on a CPU
-            self._recording = torch.profiler.profile(activities=self._activities)
-            self._recording.start()
-
-    def end(self, step: int) -> None:
-        """Step ``step`` is committed: after the last one the trace is written.
-
-        Raises:
-            PushPullError: if it cannot be.
-        """
-        if step >= self._config.last:
-            self.close()
-
-    def close(self) -> None:
-        """No step follows: write what was recorded, if anything was.
-
-        Raises:
-            PushPullError: if it cannot be.
-        """
-        recording, self._recording = self._recording, None
-        if recording is None:
+        if self._recording() is not None or not self._config.first <= step <= self._config.last:
             return
-        recording.stop()
+        for interrupted in [*_of_this_process]:  # it could not wait for its device then
+            interrupted.give_up()
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would speak of its own start, and of GPUs on a CPU
+        recording = _of_this_process[self] = torch.profiler.profile(activities=self._activities)
+        recording.start()
+
+    def end(self, step: int, *, stop: bool) -> None:
+        """Step ``step`` is committed. After the last one, or if none follows, the trace is written.
+
+        Raises:
+            PushPullError: if it cannot be.
+        """
+        recording = self._recording()
+        if recording is None or not (stop or step >= self._config.last):
+            return
+        self.give_up()
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             recording.export_chrome_trace(str(self._path))
         except OSError as error:
             raise PushPullError(f"{self._path} cannot be written ({error.strerror}): is the disk full?") from error
+
+    def give_up(self) -> None:
+        """Record no more and write nothing; waits for the device."""
+        recording = _of_this_process.pop(self, None)
+        if recording is not None:
+            recording.stop()
+
+    def _recording(self) -> torch.profiler.profile | None:
+        return _of_this_process.get(self)
+
+
+_of_this_process: dict[StepProfiler, torch.profiler.profile] = {}
+"""The recording under way: a process has one at most."""

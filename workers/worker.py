@@ -92,10 +92,10 @@ class Worker:
                 return
 
     def close(self) -> None:
-        """End what draws its samples, and write what was recorded of steps that did not all come."""
+        """End what draws its samples, and what was recorded of steps that did not come to their end."""
         self._loader.close()
         if self._profiler is not None:
-            self._profiler.close()
+            self._profiler.give_up()
 
     def _enter(self, stage: str) -> None:
         self._backend.note(self._at, stage)
@@ -107,7 +107,7 @@ class Worker:
             return self._step(step)
         self._profiler.begin(step + 1)
         report = self._step(step)
-        self._profiler.end(report.step)
+        self._profiler.end(report.step, stop=report.stop or report.commit.leave)
         return report
 
     def _step(self, step: int) -> StepReport:

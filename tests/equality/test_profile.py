@@ -55,3 +55,15 @@ def test_what_names_no_steps_is_refused(steps: str) -> None:
 def test_steps_that_the_run_does_not_have_are_refused() -> None:
     with pytest.raises(ConfigError, match="--profile-steps 4-5: the run has 4 steps"):
         resolve(RunConfig(backend="single", profile_steps="4-5", **SETTINGS))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_interrupted_in_a_step_records_the_next_one(ray_cluster: None, tmp_path: Path) -> None:
+    """Worker 1 is killed in a step that is recorded: the other one begins again, in the same process."""
+    single = train(tmp_path, "single", backend="single", microbatches=2, **SETTINGS)
+    faults = tmp_path / "faults.yaml"
+    faults.write_text("- kill: {role: worker, index: 1, step: 2, stage: push}\n", encoding="utf-8")
+    options: dict[str, Any] = {"workers": 2, "profile_steps": "2-3", "faults": str(faults), **SETTINGS}
+    run = train(tmp_path, "run", in_session=True, backend="ps", **options)
+    assert run.summary["fingerprint"] == single.summary["fingerprint"]
+    assert "compute" in names_in(run.folder, 0)
