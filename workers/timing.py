@@ -47,6 +47,10 @@ class PhaseTimer:
         """A block of ``name`` is over that began at ``start``."""
         self._seconds[name] += time.perf_counter() - start
 
+    def book(self, seconds: float, name: str) -> None:
+        """``seconds`` of ``name`` went by outside of its blocks."""
+        self._seconds[name] += seconds
+
     def move(self, seconds: float, source: str, target: str) -> None:
         """Book ``seconds`` of what stands under ``source`` on ``target``; never more than there is."""
         moved = min(seconds, self._seconds[source])

@@ -114,7 +114,10 @@ class Worker:
         self._at = step + 1
         # A GPU that has this step in its queue went on with it, whatever was done here since the commit.
         queued = self._begun is not None and self._replica.device.type == "cuda"
-        begin = self._ended if queued else time.perf_counter()
+        begin = time.perf_counter()
+        if queued:
+            self._timer.book(begin - self._ended, "compute")
+            begin = self._ended
         self._backend.pull(self._timer)
         microbatches = self.plan.microbatches(step)
         filled = [index for index in self._run if microbatches[index]]

@@ -1,5 +1,8 @@
 """Eight stages, the same eight names everywhere; time is moved between them, never made."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from paramserver.messages import Commit, MicrobatchStats
@@ -41,6 +44,30 @@ def test_times_add_up_until_they_are_taken(clock: _Clock) -> None:
         clock.fail_after(0.25)
     assert timer.take_ms() == {**dict.fromkeys(PHASES, 0.0), "pull": 1500.0, "push": 250.0}
     assert set(timer.take_ms().values()) == {0.0}
+
+
+def test_what_a_device_does_while_nobody_looks_is_booked(clock: _Clock) -> None:
+    timer = PhaseTimer()
+    timer.book(0.5, "compute")
+    with timer.phase("compute"):
+        clock.now += 1.0
+    assert timer.take_ms()["compute"] == 1500.0
+
+
+def test_stages_have_their_names_in_a_trace(clock: _Clock) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def around(name: str) -> Iterator[None]:
+        seen.append(name)
+        yield
+        seen.append(f"end of {name}")
+
+    timer = PhaseTimer(seen.append, around)
+    with timer.phase("push"):
+        clock.now += 0.25
+    assert seen == ["push", "push", "end of push"]
+    assert timer.take_ms()["push"] == 250.0
 
 
 @pytest.mark.parametrize(("asked", "moved"), [(0.25, 0.25), (1.0, 1.0), (5.0, 1.0), (0.0, 0.0)])
