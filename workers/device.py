@@ -10,7 +10,15 @@ import torch
 from paramserver.errors import ConfigError
 from workers.config import DeviceKind, WorkerConfig
 
-__all__ = ["cpu_model", "device_kind", "keep_freed_memory", "setup_device", "tune_cpu_process", "update_threads"]
+__all__ = [
+    "cpu_model",
+    "device_kind",
+    "keep_freed_memory",
+    "quiet_profiler",
+    "setup_device",
+    "tune_cpu_process",
+    "update_threads",
+]
 
 _MOST_UPDATE_THREADS = 8
 """Of one server: a few cores can use all of the memory's bandwidth."""
@@ -62,6 +70,11 @@ def _choose_reproducible_kernels() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False  # it would choose kernels by a race
     torch.backends.cudnn.deterministic = True
+
+
+def quiet_profiler() -> None:
+    """torch.profiler would say on standard error that it begins, and on a CPU that there is no GPU."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def tune_cpu_process() -> None:

@@ -1,12 +1,12 @@
 """A trace of some steps: operations of the host and kernels of the device, for Perfetto or chrome://tracing."""
 
-import os
 from pathlib import Path
 
 import torch
 
 from paramserver.errors import PushPullError
 from workers.config import ProfileConfig
+from workers.device import quiet_profiler
 
 __all__ = ["StepProfiler", "stage_in_trace"]
 
@@ -36,7 +36,7 @@ class StepProfiler:
             return
         for interrupted in [*_of_this_process]:  # it could not wait for its device then
             interrupted.give_up()
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would speak of its own start, and of GPUs on a CPU
+        quiet_profiler()
         recording = _of_this_process[self] = torch.profiler.profile(activities=self._activities)
         recording.start()
 
