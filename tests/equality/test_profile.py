@@ -39,7 +39,7 @@ def test_each_worker_writes_its_own_and_bits_stay_the_same(ray_cluster: None, tm
     assert result.summary["fingerprint"] == plain.summary["fingerprint"]
 
 
-def test_a_run_that_stops_before_the_last_of_them_leaves_what_there_is(tmp_path: Path) -> None:
+def test_a_resumed_run_records_those_of_them_that_it_takes(tmp_path: Path) -> None:
     whole = train(tmp_path, "run", backend="single", checkpoint_every=2, **SETTINGS)
     more = {**SETTINGS, "resume": str(whole.folder / "checkpoints" / "step_2"), "profile_steps": "1-4"}
     resumed = train(tmp_path, "on", backend="single", **more)
