@@ -65,7 +65,8 @@ class Client:
     ) -> None:
         """Send the sums over ``node``: a flat (length,) fp32 vector that stays untouched until ``wait`` returns.
 
-        With ``only`` just these slices, and the others by further calls; each server hears of every call.
+        With ``only`` just these slices, and the others by further calls; a server hears of those that concern it, and
+        of all if it has no slice: it needs the rows.
         """
         self.prepare(step, node, flat, stats, integers, only)()
 
@@ -82,6 +83,8 @@ class Client:
         sends = []
         for server, pieces in enumerate(self.partition.by_server):
             chosen = pieces if only is None else [piece for piece in only if piece.server == server]
+            if pieces and not chosen:
+                continue
             slices = FlatSlices(flat, chosen)
             held = integers if server == 0 else {}
             push = Push(self._run, step, self._generation, self.worker, node, slices, stats, held)

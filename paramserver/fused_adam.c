@@ -14,6 +14,8 @@ struct chunk {
     float keep;                   /* AdamW's: what the parameters are multiplied by; else 1 */
     float average_weight, square_keep, square_weight;
     float correction, eps, step;
+    float number;                 /* of the update, which is kept with the averages ... */
+    float *count;                 /* ... here */
 };
 
 /* The formulas of torch/optim/adam.py _single_tensor_adam, as ATen's vectorised kernels round them. */
@@ -44,6 +46,8 @@ static uint32_t pass(const struct chunk *c, size_t from, size_t to)
     float parameters[BLOCK] ALIGNED, average[BLOCK] ALIGNED, square[BLOCK] ALIGNED, root[BLOCK] ALIGNED;
     const int streaming = c->sum.streaming, decays = c->weight_decay != 0.0f;
     uint32_t bad = 0;
+    if (!from)
+        *c->count = c->number;
     for (size_t lo = from; lo < to; lo += BLOCK) {
         const size_t n = to - lo < BLOCK ? to - lo : BLOCK;
         const float *left, *right, *old = c->old + lo;

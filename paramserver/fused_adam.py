@@ -45,6 +45,8 @@ class AdamChunk(ctypes.Structure):
         ("correction", ctypes.c_float),
         ("eps", ctypes.c_float),
         ("step", ctypes.c_float),
+        ("number", ctypes.c_float),
+        ("count", ctypes.c_void_p),
     )
     rates: tuple[tuple[float, float], float]
     """Betas, and AdamW's weight decay."""
@@ -56,6 +58,7 @@ class AdamChunk(ctypes.Structure):
         self.keep = 1 - lr * decay
         self.correction = (1 - beta2**step) ** 0.5
         self.step = -lr / (1 - beta1**step)
+        self.number = step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,7 @@ class FusedAdam:
         parameters: tuple[Tensor, Tensor],
         averages: tuple[Tensor, Tensor],
         squares: tuple[Tensor, Tensor],
+        count: Tensor,
         *,
         divisor: float,
         step: float,
@@ -97,6 +101,7 @@ class FusedAdam:
             parameters: (n,) fp32, read and written; both may be the same.
             averages: likewise, of the gradient.
             squares: likewise, of its square.
+            count: fp32 without dimensions, where ``step`` is written.
             divisor: total weight, exact in fp32.
             step: number of this update, from 1.
             lr: learning rate.
@@ -116,6 +121,7 @@ class FusedAdam:
             square_old=squares[0].data_ptr(),
             average_new=averages[1].data_ptr(),
             square_new=squares[1].data_ptr(),
+            count=count.data_ptr(),
             root=self.root,
             mode=_VML_MODE,
             weight_decay=0.0 if decoupled else weight_decay,
@@ -164,13 +170,14 @@ def _has_the_bits_of_torch(fused: FusedAdam) -> bool:
     for decay, decoupled, step in itertools.product((0.0, 0.1), (True, False), (1.0, 1000.0)):
         wanted = (old.clone(), average.clone(), square.clone())
         _step_by_torch(*wanted, torch.div(total, divisor), step, lr, betas, eps, decay, decoupled=decoupled)
-        made = (torch.empty(length), torch.empty(length), torch.empty(length))
+        made, count = (torch.empty(length), torch.empty(length), torch.empty(length)), torch.zeros(())
         finite = fused(
             [vector.data_ptr() for vector in pushed],
             additions,
             (old, made[0]),
             (average, made[1]),
             (square, made[2]),
+            count,
             divisor=float(divisor),
             step=step,
             lr=lr,
@@ -179,7 +186,7 @@ def _has_the_bits_of_torch(fused: FusedAdam) -> bool:
             weight_decay=decay,
             decoupled=decoupled,
         )
-        if not (finite and all(map(torch.equal, made, wanted))):
+        if not (finite and count == step and all(map(torch.equal, made, wanted))):
             return False
     return True
 

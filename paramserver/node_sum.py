@@ -219,7 +219,7 @@ class NodeSum:
         assert self.last is not None
         return pack_commit(self.last, self._integers[self.version])
 
-    def plan(self, pushes: Sequence[Push]) -> RoundPlan | None:
+    def plan(self, buckets: Sequence[Sequence[Push]]) -> RoundPlan | None:
         """See ``Server.plan``: here a step is not over when all have pushed."""
         return None
 
@@ -227,7 +227,7 @@ class NodeSum:
         """Nothing was planned."""
         raise AssertionError("nothing was planned")
 
-    def interrupt(self) -> None:
+    def interrupt(self, slices: Iterable[int]) -> None:
         """Likewise."""
 
     def readable(self, version: int) -> bool:

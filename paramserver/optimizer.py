@@ -293,8 +293,8 @@ class _Adam:
         self.step(version, torch.div(total, divisor, out=quotient), lr)
 
     def may_plan(self, version: int) -> bool:
-        """See ``InOnePass.may_plan``: the number of updates is written."""
-        return False
+        """See ``InOnePass.may_plan``."""
+        return True
 
     def in_one_pass(
         self, version: int, pushed: tuple[int, ...], additions: tuple[Addition, ...], divisor: float, lr: float
@@ -312,6 +312,7 @@ class _Adam:
                 (self._values[source], self._values[target]),
                 (before["exp_avg"], after["exp_avg"]),
                 (before["exp_avg_sq"], after["exp_avg_sq"]),
+                after["step"],
                 divisor=divisor,
                 step=step,
                 lr=lr * self._lr_factor,
@@ -323,7 +324,6 @@ class _Adam:
 
         chunk = self._chunks.of(source, (pushed, additions), make)
         chunk.use_again(divisor, step, lr * self._lr_factor)
-        after["step"].fill_(step)
         return chunk
 
     def skip(self, version: int) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from paramserver.fused import Pass
 
-__all__ = ["Divisor", "PlannedChunk", "RoundPlan"]
+__all__ = ["Divisor", "PlannedBucket", "PlannedChunk", "RoundPlan"]
 
 
 class Divisor(NamedTuple):
@@ -27,12 +27,20 @@ class PlannedChunk(NamedTuple):
     divisor: Divisor
 
 
+class PlannedBucket(NamedTuple):
+    """Slices that are pushed together, and updated once everybody has pushed them."""
+
+    slices: Sequence[int]
+    chunks: Sequence[PlannedChunk]
+
+
 class RoundPlan(NamedTuple):
     """The update of an open step; good until the server is touched."""
 
     version: int
     """That it makes."""
-    chunks: Sequence[PlannedChunk]
+    buckets: Sequence[PlannedBucket]
+    """In the order in which they come."""
     record: bytes
     """As ``pack_commit`` makes it, but for rows, last worker, integer buffers, flags and times."""
     kept: int

@@ -24,7 +24,7 @@ from paramserver.messages import Commit, Decision, Hello, Push, Report, pack_com
 from paramserver.open_step import OpenStep
 from paramserver.partition import BUFFERS, Partition
 from paramserver.reduction import TreeSum
-from paramserver.round_plan import PlannedChunk, RoundPlan
+from paramserver.round_plan import PlannedBucket, PlannedChunk, RoundPlan
 from paramserver.scratch import Scratch
 from paramserver.server_memory import CHUNK, ServerMemory
 from paramserver.state import ServerSnapshot, State, slice_optimizer_state
@@ -345,14 +345,15 @@ class Server:
             self.open_step()
         return commit
 
-    def plan(self, pushes: Sequence[Push]) -> RoundPlan | None:
+    def plan(self, buckets: Sequence[Sequence[Push]]) -> RoundPlan | None:
         """What the update and the commit of the open step will be if exactly such contributions are pushed to it.
 
-        Whoever carries it out, and says so with ``conclude``, has seen that what is pushed differs from ``pushes`` in
+        Whoever carries it out, and says so with ``conclude``, has seen that what is pushed differs from ``buckets`` in
         losses, weights, samples and the content of integer buffers alone, which agree. Nothing is written here.
 
         Args:
-            pushes: to the open step; each must hold all slices.
+            buckets: pushes to the open step, one of each contributor in each bucket, of the same slices; together the
+                buckets must hold all slices once.
 
         Returns:
             None where it needs more than one pass over memory, or it is not known what that is.
@@ -363,28 +364,40 @@ class Server:
             return None
         if due and (version + 1) % due == 0:
             return None
-        nodes = sorted(push.node for push in pushes)
+        pushes = [push for bucket in buckets for push in bucket]
+        nodes = sorted(push.node for push in buckets[0])
         microbatches = [index for node in nodes for index in range(node.lo, node.hi)]
         integers = self._integers[version]
         agree = all(IntegerBlock.of(push.integers).layout == integers.layout for push in pushes)
         if microbatches != list(range(self._step.num_microbatches)) or not agree:
             return None
+        if sorted(index for bucket in buckets for index in bucket[0].slices) != sorted(self._slices):
+            return None
         lr = self.config.learning_rate(version)
-        chunks: list[PlannedChunk] = []
-        for index, held in self._slices.items():
-            planned = held.plan({push.node: push.slices[index] for push in pushes if index in push.slices}, version, lr)
-            if planned is None:
-                return None
-            chunks += planned
+        planned = [self._plan_bucket(bucket, lr) for bucket in buckets]
+        if None in planned:
+            return None
         for push in pushes:
             self._step.check(push, version)
-        rows = {row.microbatch: row for push in pushes for row in push.stats}
+        rows = {row.microbatch: row for push in buckets[0] for row in push.stats}
         times = dict.fromkeys((*self._scratch.busy, "commit"), 0.0)
         stats = tuple(rows[index] for index in microbatches)
         record = pack_commit(
             Commit(version + 1, stats, lr, server_ms=times, last_worker=0, generation=self._step.generation), integers
         )
-        return RoundPlan(version + 1, chunks, record, *self.memory.record_places(version + 1, len(record)))
+        known = [bucket for bucket in planned if bucket is not None]
+        return RoundPlan(version + 1, known, record, *self.memory.record_places(version + 1, len(record)))
+
+    def _plan_bucket(self, pushes: Sequence[Push], lr: float) -> PlannedBucket | None:
+        chunks: list[PlannedChunk] = []
+        slices = tuple(pushes[0].slices)
+        for index in slices:
+            contributions = {push.node: push.slices[index] for push in pushes if index in push.slices}
+            planned = self._slices[index].plan(contributions, self.version, lr)
+            if planned is None:
+                return None
+            chunks += planned
+        return PlannedBucket(slices, chunks)
 
     def conclude(self, pushes: Sequence[Push], record: bytes) -> Commit:
         """What ``plan`` gave was carried out: the version stands in memory, with its commit's record.
@@ -410,9 +423,15 @@ class Server:
         self.version = commit.version
         self._last = commit
 
-    def interrupt(self) -> None:
-        """What ``plan`` gave was begun and given up: the version before the committed one is gone."""
+    def interrupt(self, slices: Iterable[int]) -> None:
+        """What ``plan`` gave was begun and given up: the version before the committed one is gone.
+
+        Args:
+            slices: that stand at the next version already; what is pushed of them is still to be heard of.
+        """
         self._written = True
+        for index in slices:
+            self._slices[index].end_planned()
 
     def _checksums(self, version: int) -> Checksums:
         if not self._verify_every or version % self._verify_every:

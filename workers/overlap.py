@@ -10,9 +10,11 @@ _SHARES = (0.5, 0.8, 0.95)
 """Of all elements, at which a message goes out: the last one, whose update nothing hides, is small."""
 _LEAST_ELEMENTS = 1 << 21
 """8 MiB: a server sums and updates less than that in the time that a few more messages take."""
-_COPIED_SHARES = (0.5, 0.9, 0.99)
+_COPIED_SHARES = (0.2, 0.4, 0.6, 0.8, 0.93, 0.99)
 _LEAST_COPIED_ELEMENTS = 1 << 18
-"""From a GPU, which waits for the last message's slices to go down, be updated and come up again: it is to be small."""
+"""From a GPU, beside which servers have cores of their own: they begin early, so that they are done with all but the
+last message's slices when backward is, and that one is small, since its way down, update and way up hide behind
+nothing."""
 
 
 class ReadySlices:
@@ -21,7 +23,7 @@ class ReadySlices:
     Args:
         partition: of the model.
         keys: names of the trained keys, by the index that ``done`` is called with.
-        send: called with slices that have become whole, at most four times for all slices.
+        send: called with slices that have become whole, a few times for all slices.
         least_elements: what a message is worth sending for before backward is over; None: the usual.
         copies: whether slices are copied on their way.
     """
@@ -78,7 +80,8 @@ class ReadySlices:
         self._send(ready)
 
     def end(self) -> None:
-        """Backward is over, so everything is whole; the last message goes out even if it is empty."""
+        """Backward is over, so everything is whole; without any slice the rows go out alone."""
         if self.active:
             self.active = False
-            self._flush()
+            if self._ready or not self._sent:
+                self._flush()

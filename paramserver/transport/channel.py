@@ -177,6 +177,15 @@ class Channel:
             found = self.take()
         return found
 
+    def await_input(self, timeout_s: float) -> None:
+        """Wait until ``take`` may find something; nothing is taken.
+
+        Raises:
+            TimeoutError: if nothing came.
+        """
+        if not (self._input or self._poll.poll(max(0.0, 1e3 * timeout_s))):
+            raise TimeoutError("no message came")
+
     def take(self) -> tuple[Any, list[int]] | None:
         """As ``receive``, but None where there is no whole message yet.
 

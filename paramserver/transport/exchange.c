@@ -1,5 +1,8 @@
 /* A round of the usual kind in one call: take all pushes, sum, update, commit, tell. exchange.py says what is usual.
 
+   Workers send a bucket of slices after the other, each as soon as backward has made it; a bucket is updated once all
+   have sent theirs, and whoever waits for slices is told, while backward goes on.
+
    Whatever is not as it was foretold is left where it is, for Python to look at: nothing is decided here. */
 
 #define _GNU_SOURCE
@@ -135,17 +138,28 @@ void pushpull_disband(struct team *team)
 /* A row, and with it a row's place: microbatch, loss, weight, samples, 8 bytes each. */
 enum { ROW = 32, WEIGHT = 16, SAMPLES = 24 };
 
-struct contributor {
-    int32_t socket;
-    int32_t here;                /* whether its push has been taken off the socket */
-    int64_t worker;
-    int64_t length;              /* of the push, which must be of this length */
-    int64_t head;                /* with so many bytes of `wanted`, behind which come rows */
-    int64_t num_rows;
-    int64_t first;               /* microbatch of the first row; the others follow */
+struct message {                 /* a push of one bucket */
+    int64_t length;              /* which it must have */
+    int64_t head;                /* with so many bytes of `wanted`, behind which come rows and integer buffers */
     const char *wanted;
     char *push;                  /* (length + 1,): one more shows that something follows */
+};
+
+struct contributor {
+    int32_t socket;
+    int32_t here;                /* how many of its messages have been taken off the socket */
+    int64_t worker;
+    int64_t num_rows;
+    int64_t first;               /* microbatch of the first row; the others follow */
+    const struct message *messages; /* one for each bucket, in their order */
     int64_t sent;                /* bytes of the answer that it has got, -1: it is gone */
+};
+
+struct bucket {
+    int64_t num_tasks;
+    struct task *tasks;
+    int64_t num_slices;
+    int64_t *const *slices;      /* words of its slices */
 };
 
 struct divisor {
@@ -161,17 +175,20 @@ struct round {
     struct contributor *contributors;
     int64_t num_divisors;
     const struct divisor *divisors;
-    int64_t num_tasks;
-    struct task *tasks;
+    int64_t num_buckets;
+    struct bucket *buckets;
+    int64_t num_watchers;
+    const int32_t *watchers;     /* sockets of those who are told of each bucket */
+    const char *written;         /* how */
+    int64_t written_length;
     char *answer;                /* whole frame of the commit but for what is filled in */
     int64_t answer_length, record, rows, integers, last_worker, flags_at, update_ms; /* offsets in the answer */
     char *kept;                  /* where the record is kept: its length, then itself */
     int64_t *kept_version;       /* ... and the word that says so, which is one more than the version */
-    int64_t num_slices;
-    int64_t *const *slices;      /* words of the slices */
     int64_t *committed;          /* word of this server */
     int64_t version;             /* that is made */
     int64_t began;               /* becomes 1 once memory is written */
+    int64_t done;                /* how many buckets stand at it */
 };
 
 static double milliseconds(void)
@@ -181,22 +198,49 @@ static double milliseconds(void)
     return 1e3 * now.tv_sec + 1e-6 * now.tv_nsec;
 }
 
-/* Take a push, if it is what was foretold. Nothing else is taken: descriptors may come with it. */
-static int hear(struct contributor *c)
+/* Where the rows of a contributor lie, and its integer buffers: they come with each of its messages. */
+static const char *rows_of(const struct contributor *c)
 {
-    if (c->here || recv(c->socket, c->push, c->length + 1, MSG_DONTWAIT | MSG_PEEK) != c->length)
-        return 0;
-    if (memcmp(c->push, c->wanted, c->head))
-        return 0;
+    return c->messages->push + c->messages->head;
+}
+
+static const char *integers_of(const struct contributor *c)
+{
+    return rows_of(c) + c->num_rows * ROW;
+}
+
+static int64_t length_of_integers(const struct contributor *c)
+{
+    return c->messages->push + c->messages->length - integers_of(c);
+}
+
+/* Whether rows are those of the microbatches that were foretold, and the same in all messages. */
+static int fits(const struct contributor *c, const struct message *m)
+{
+    const char *rows = m->push + m->head;
     for (int64_t i = 0; i < c->num_rows; i++) {
         int64_t microbatch;
-        memcpy(&microbatch, c->push + c->head + i * ROW, sizeof microbatch);
+        memcpy(&microbatch, rows + i * ROW, sizeof microbatch);
         if (microbatch != c->first + i)
             return 0;
     }
-    if (recv(c->socket, c->push, c->length, MSG_DONTWAIT) != c->length)
+    return m == c->messages || !memcmp(rows, rows_of(c), m->length - m->head);
+}
+
+/* Take the next push, if it is what was foretold. Nothing else is taken: descriptors may come with it. */
+static int hear(struct contributor *c, int64_t num_buckets)
+{
+    if (c->here == num_buckets)
         return 0;
-    c->here = 1;
+    const struct message *m = &c->messages[c->here];
+    const int64_t found = recv(c->socket, m->push, m->length + 1, MSG_DONTWAIT | MSG_PEEK);
+    if (found < m->length || (found > m->length && c->here + 1 == num_buckets))
+        return 0;
+    if (memcmp(m->push, m->wanted, m->head) || !fits(c, m))
+        return 0;
+    if (recv(c->socket, m->push, m->length, MSG_DONTWAIT) != m->length)
+        return 0;
+    c->here++;
     return 1;
 }
 
@@ -208,42 +252,100 @@ static struct contributor *find(struct round *r, int socket)
     return NULL;
 }
 
-/* Weights that are whole numbers, so that they may be added in any order; and integer buffers that are the same. */
-static int count(const struct round *r, double *weight, int64_t *samples)
+/* Whether all have pushed a bucket. */
+static int is_whole(const struct round *r, int64_t bucket)
+{
+    for (int64_t i = 0; i < r->num_contributors; i++)
+        if (r->contributors[i].here <= bucket)
+            return 0;
+    return 1;
+}
+
+/* Wait for that. 0 if something else has happened, of which nothing is seen yet. */
+static int await(struct round *r, int64_t bucket)
+{
+    struct epoll_event events[EVENTS];
+    while (!is_whole(r, bucket)) {
+        const int found = epoll_wait(r->epoll, events, EVENTS, -1);
+        int strange = found < 0;
+        for (int i = 0; i < found; i++) {
+            struct contributor *c = find(r, events[i].data.fd);
+            if (!c || events[i].events != EPOLLIN || !hear(c, r->num_buckets)) {
+                strange = 1;
+                continue;
+            }
+            memcpy(r->answer + r->last_worker, &c->worker, sizeof c->worker);
+        }
+        if (strange)
+            return 0;
+    }
+    return 1;
+}
+
+/* Divide by all weights, or samples. Weights must be whole numbers, so that they may be added in any order, and integer
+   buffers the same. */
+static int weigh(const struct round *r)
 {
     const struct contributor *one = r->contributors;
-    *weight = 0;
-    *samples = 0;
+    double weight = 0;
+    int64_t samples = 0;
     for (int64_t i = 0; i < r->num_contributors; i++) {
         const struct contributor *c = &r->contributors[i];
         for (int64_t j = 0; j < c->num_rows; j++) {
             double of_row;
             int64_t samples_of_row;
-            memcpy(&of_row, c->push + c->head + j * ROW + WEIGHT, sizeof of_row);
-            memcpy(&samples_of_row, c->push + c->head + j * ROW + SAMPLES, sizeof samples_of_row);
+            memcpy(&of_row, rows_of(c) + j * ROW + WEIGHT, sizeof of_row);
+            memcpy(&samples_of_row, rows_of(c) + j * ROW + SAMPLES, sizeof samples_of_row);
             if (!(of_row >= 0 && of_row <= 0x1p32 && of_row == (double)(int64_t)of_row) || samples_of_row < 0)
                 return 0;
-            *weight += of_row;
-            *samples += samples_of_row;
+            weight += of_row;
+            samples += samples_of_row;
         }
-        const int64_t at = c->head + c->num_rows * ROW, one_at = one->head + one->num_rows * ROW;
-        if (c->length - at != one->length - one_at || memcmp(c->push + at, one->push + one_at, c->length - at))
+        const int64_t length = length_of_integers(c);
+        if (length != length_of_integers(one) || memcmp(integers_of(c), integers_of(one), length))
             return 0;
     }
+    const float by_weight = weight > 1 ? (float)weight : 1, by_samples = samples > 1 ? (float)(double)samples : 1;
+    for (int64_t i = 0; i < r->num_divisors; i++)
+        *r->divisors[i].at = r->divisors[i].counts_samples ? by_samples : by_weight;
     return 1;
+}
+
+static int update(struct round *r, const struct bucket *b)
+{
+    r->began = 1;
+    run_together(r->team, b->tasks, b->num_tasks);
+    for (int64_t i = 0; i < b->num_tasks; i++)
+        if (b->tasks[i].work.found)
+            return 0;
+    return 1;
+}
+
+static void show(const struct round *r, const struct bucket *b)
+{
+    for (int64_t i = 0; i < b->num_slices; i++)
+        __atomic_store_n(b->slices[i], r->version, __ATOMIC_RELEASE);
+}
+
+/* A word that is lost is one for which nobody waits for long; half of one would be taken for another. */
+static void tell_of_bucket(const struct round *r)
+{
+    for (int64_t i = 0; i < r->num_watchers; i++) {
+        const int64_t sent = send(r->watchers[i], r->written, r->written_length, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (sent > 0 && sent < r->written_length)
+            shutdown(r->watchers[i], SHUT_RDWR);
+    }
 }
 
 static void commit(struct round *r, double update_ms)
 {
     const double begin = milliseconds();
     const struct contributor *one = r->contributors;
-    const int64_t integers = one->head + one->num_rows * ROW;
     for (int64_t i = 0; i < r->num_contributors; i++) {
         const struct contributor *c = &r->contributors[i];
-        memcpy(r->answer + r->rows + c->first * ROW, c->push + c->head, c->num_rows * ROW);
+        memcpy(r->answer + r->rows + c->first * ROW, rows_of(c), c->num_rows * ROW);
     }
-    if (one->length > integers)
-        memcpy(r->answer + r->integers, one->push + integers, one->length - integers);
+    memcpy(r->answer + r->integers, integers_of(one), length_of_integers(one));
     const int32_t flags = __atomic_load_n(&r->flags, __ATOMIC_ACQUIRE);
     memcpy(r->answer + r->flags_at, &flags, sizeof flags);
     const double times[] = {update_ms, milliseconds() - begin};
@@ -252,51 +354,41 @@ static void commit(struct round *r, double update_ms)
     memcpy(r->kept, &length, sizeof length);
     memcpy(r->kept + sizeof length, r->answer + r->record, length);
     __atomic_store_n(r->kept_version, r->version + 1, __ATOMIC_RELEASE);
-    for (int64_t i = 0; i < r->num_slices; i++)
-        __atomic_store_n(r->slices[i], r->version, __ATOMIC_RELEASE);
+    show(r, &r->buckets[r->num_buckets - 1]);
     __atomic_store_n(r->committed, r->version, __ATOMIC_RELEASE);
 }
 
-/* Wait for all pushes, then do the rest. 0 if something else has happened, of which nothing is seen yet: what was taken
-   lies in the contributors. Returns 1 once everybody was told, and something else has come or PUT_OFF_MS have passed. */
-int32_t pushpull_round(struct round *r)
+static void tell_of_commit(struct round *r)
 {
-    struct epoll_event events[EVENTS];
-    for (int64_t missing = r->num_contributors; missing;) {
-        const int found = epoll_wait(r->epoll, events, EVENTS, -1);
-        int strange = found < 0;
-        for (int i = 0; i < found; i++) {
-            struct contributor *c = find(r, events[i].data.fd);
-            if (!c || events[i].events != EPOLLIN || !hear(c)) {
-                strange = 1;
-                continue;
-            }
-            missing--;
-            memcpy(r->answer + r->last_worker, &c->worker, sizeof c->worker);
-        }
-        if (strange)
-            return 0;
-    }
-    double weight;
-    int64_t samples;
-    if (!count(r, &weight, &samples))
-        return 0;
-    const float by_weight = weight > 1 ? (float)weight : 1, by_samples = samples > 1 ? (float)(double)samples : 1;
-    for (int64_t i = 0; i < r->num_divisors; i++)
-        *r->divisors[i].at = r->divisors[i].counts_samples ? by_samples : by_weight;
-    const double begin = milliseconds();
-    r->began = 1;
-    run_together(r->team, r->tasks, r->num_tasks);
-    for (int64_t i = 0; i < r->num_tasks; i++)
-        if (r->tasks[i].work.found)
-            return 0;
-    commit(r, milliseconds() - begin);
     for (int64_t i = 0; i < r->num_contributors; i++) {
         struct contributor *c = &r->contributors[i];
         c->sent = send(c->socket, r->answer, r->answer_length, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (c->sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
             c->sent = 0;
     }
+}
+
+/* Wait for all pushes, then do the rest. 0 if something else has happened, of which nothing is seen yet: what was taken
+   lies in the contributors. Returns 1 once everybody was told, and something else has come or PUT_OFF_MS have passed. */
+int32_t pushpull_round(struct round *r)
+{
+    double update_ms = 0;
+    for (int64_t i = 0; i < r->num_buckets; i++) {
+        if (!await(r, i) || (!i && !weigh(r)))
+            return 0;
+        const double begin = milliseconds();
+        if (!update(r, &r->buckets[i]))
+            return 0;
+        update_ms += milliseconds() - begin;
+        r->done = i + 1;
+        if (r->done == r->num_buckets)
+            break;
+        show(r, &r->buckets[i]);
+        tell_of_bucket(r);
+    }
+    commit(r, update_ms);
+    tell_of_commit(r);
+    struct epoll_event events[EVENTS];
     epoll_wait(r->epoll, events, EVENTS, PUT_OFF_MS); /* they want the cores now; what follows here does not */
     return 1;
 }

@@ -213,7 +213,7 @@ class Hub:
     def _take_usual(self) -> bool:
         """Take the open step whole, if it is as foretold; True if something was done, so that it is asked again."""
         usual = self._usual
-        asked = self._on_stage or self.on_written or self.before_word or self._watched
+        asked = self._on_stage or self.on_written or self.before_word
         if usual is None or asked or self.failure is not None or not usual.arm(self._peers):
             return False
         if usual.run():
@@ -293,7 +293,7 @@ class Hub:
             except PushPullError as error:
                 self._tell(peer, frame(encode(Failed(error))))
             else:
-                if self._usual is not None:
+                if self._usual is not None and message.step == self._server.version:  # else it was a late repetition
                     self._usual.note(peer, message)
         elif isinstance(message, AttachArena):
             peer.arenas[message.arena] = Arena.attach(descriptors[0])
@@ -359,19 +359,19 @@ class Hub:
         if parts:
             self._team.run(work)
         self._look("update")  # others may have been quicker with all there was
-        self._tell_written(version)  # of what other threads wrote last
+        self._tell_written(version, bucket=True)
         self._wall += time.perf_counter() - begin
 
     _wall = 0.0
 
-    def _tell_written(self, version: int) -> None:
-        """Wake those who wait for slices, once enough are new to be worth it."""
+    def _tell_written(self, version: int, *, bucket: bool = False) -> None:
+        """Wake those who wait for slices, once enough are new to be worth it, or all of a ``bucket``."""
         if (self.on_written is None and not self._watched) or version != self._server.version + 1:
             return
         if self.on_written is not None and (new := self._news_for_owner.take(version)):
             self.on_written(version, new)
         watching = [peer for peer in self._peers.values() if peer.watches]
-        if watching and self._news_for_peers.take(version):
+        if watching and self._news_for_peers.take(version, 1 if bucket else None):
             written = frame(encode(Written()))
             for peer in watching:
                 self._tell(peer, written)

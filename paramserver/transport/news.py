@@ -23,10 +23,16 @@ class News:
         self._least_elements = least_elements
         self._told: set[int] = set()
 
-    def take(self, version: int) -> list[Slice]:
-        """New slices at ``version``, none if they are too few, or the last: the commit follows at once."""
+    def take(self, version: int, least_elements: int | None = None) -> list[Slice]:
+        """New slices at ``version``, none if they are too few, or the last: the commit follows at once.
+
+        Args:
+            version: which.
+            least_elements: how many are enough this time; None: as always.
+        """
+        enough = self._least_elements if least_elements is None else least_elements
         new = [piece for piece in self._pieces if piece.index not in self._told and self._versions.has(piece, version)]
-        if sum(piece.numel for piece in new) < self._least_elements or len(self._told) + len(new) == len(self._pieces):
+        if sum(piece.numel for piece in new) < enough or len(self._told) + len(new) == len(self._pieces):
             return []
         self._told.update(piece.index for piece in new)
         return new

@@ -245,8 +245,11 @@ class SharedMemoryTransport:
                     line.watched = True
                     self._tell(piece.server, Watch())
                     continue
+                look = min(deadline, time.monotonic() + _LOOK_S)
                 try:
-                    self._listen(piece.server, min(deadline, time.monotonic() + _LOOK_S))
+                    line.channel.await_input(look - time.monotonic())
+                    if not line.versions.has(piece, version):  # else who waits for the commit may read what it says
+                        self._listen(piece.server, look)
                 except TimeoutError:  # or word of it is lost
                     if time.monotonic() >= deadline:
                         raise self._late(piece.server, version, timeout_s) from None

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from paramserver.fused import PassUnavailable
-from paramserver.messages import Commit
+from paramserver.messages import Commit, Push
 from paramserver.partition import Slice
 from paramserver.transport.channel import HEADER_BYTES
 from paramserver.transport.exchange import Exchange, Foretold, Words
@@ -42,11 +42,15 @@ class UsualRounds:
     ) -> None:
         self._server = server
         self._pieces = pieces
-        self._exchange = Exchange(epoll, threads, Words(*versions.addresses(pieces, server.index)))
+        words, committed = versions.addresses(pieces, server.index)
+        by_slice = {piece.index: word for piece, word in zip(pieces, words, strict=True)}
+        self._exchange = Exchange(epoll, threads, Words(by_slice, committed))
         self._last: list[_Contribution] = []
-        """The pushes of the step that was committed last."""
+        """The pushes of the step that was committed last, of each peer in the order in which it sent them."""
         self._open: list[_Contribution] = []
         """Those of the open step that Python has taken."""
+        self._buckets: list[Sequence[int]] = []
+        """Slices of the step that is foretold, in the order in which they come."""
 
     def say(self, *, stop: bool, leave: bool) -> None:
         """What the next commit says."""
@@ -69,22 +73,27 @@ class UsualRounds:
         last, step = self._last, self._server.version
         if not last or self._open:
             return False
-        sockets = [contribution.peer.channel.fileno() for contribution in last]
-        if len(set(sockets)) < len(sockets) or not all(_may_repeat(peers, c, step) for c in last):
+        watchers = [peer.channel for peer in peers.values() if peer.watches]
+        by_peer = _by_peer(last)
+        if watchers and len(by_peer[0]) == 1:  # they want to be told in the middle of it
+            return False
+        if not all(_may_repeat(peers, c, step) for c in last) or not all(channel.idle for channel in watchers):
             self._last = []
             return False
-        again = [c.peer.find(c.heard._replace(lasting=None, step=step), self._pieces) for c in last]
-        plan = self._server.plan(again)
+        again = [[c.peer.find(c.heard._replace(lasting=None, step=step), self._pieces) for c in own] for own in by_peer]
+        plan = self._server.plan(list(zip(*again, strict=True))) if _alike(again) else None
         if plan is None:
             self._last = []  # asked once a step
             return False
-        self._exchange.arm(
-            plan,
+        self._buckets = [bucket.slices for bucket in plan.buckets]
+        foretold = [
             [
-                Foretold(socket, push.worker, c.heard.slot, step, push.node, len(c.heard.integers))
-                for socket, c, push in zip(sockets, last, again, strict=True)
-            ],
-        )
+                Foretold(c.peer.channel.fileno(), push.worker, c.heard.slot, step, push.node, len(c.heard.integers))
+                for c, push in zip(own, pushes, strict=True)
+            ]
+            for own, pushes in zip(by_peer, again, strict=True)
+        ]
+        self._exchange.arm(plan, foretold, [channel.fileno() for channel in watchers])
         return True
 
     def run(self) -> bool:
@@ -94,7 +103,8 @@ class UsualRounds:
     def take_back(self) -> list[tuple[Peer, Heard]]:
         """What has come before ``run`` gave up; ``note`` follows for each that is taken."""
         if self._exchange.began:
-            self._server.interrupt()
+            done = self._buckets[: self._exchange.done]
+            self._server.interrupt(index for bucket in done for index in bucket)
         return self._came()
 
     def conclude(self) -> Commit:
@@ -105,8 +115,8 @@ class UsualRounds:
 
     def _came(self) -> list[tuple[Peer, Heard]]:
         found: list[tuple[Peer, Heard]] = []
-        for index, contribution in enumerate(self._last):
-            if (taken := self._exchange.taken(index)) is not None:
+        for index, (contribution, *_) in enumerate(_by_peer(self._last)):
+            for taken in self._exchange.taken(index):
                 heard = decode(taken[HEADER_BYTES:])
                 assert isinstance(heard, Heard)
                 found.append((contribution.peer, heard))
@@ -119,7 +129,8 @@ class UsualRounds:
 
     def sent(self) -> dict[int, int]:
         """How much of it was sent, by descriptor of the socket; -1: who is there is gone."""
-        return {c.peer.channel.fileno(): self._exchange.sent(index) for index, c in enumerate(self._last)}
+        peers = (contribution.peer for contribution, *_ in _by_peer(self._last))
+        return {peer.channel.fileno(): self._exchange.sent(index) for index, peer in enumerate(peers)}
 
     def close(self) -> None:
         """End the threads."""
@@ -130,6 +141,22 @@ def _may_repeat(peers: Mapping[int, Peer], contribution: _Contribution, step: in
     peer, heard = contribution
     connected = peers.get(peer.channel.fileno()) is peer
     return connected and peer.channel.idle and heard.slot >= 0 and heard.step == step - 1
+
+
+def _by_peer(contributions: Sequence[_Contribution]) -> list[list[_Contribution]]:
+    found: dict[int, list[_Contribution]] = {}
+    for contribution in contributions:
+        found.setdefault(id(contribution.peer), []).append(contribution)
+    return list(found.values())
+
+
+def _alike(pushes: Sequence[Sequence[Push]]) -> bool:
+    """Whether each contributor, of one node, cuts a step into the same buckets."""
+    buckets = [push.slices.keys() for push in pushes[0]]
+    return all(
+        [push.slices.keys() for push in own] == buckets and all(push.node == own[0].node for push in own)
+        for own in pushes
+    )
 
 
 def usual_rounds(

@@ -9,6 +9,7 @@ import torch
 from paramserver.client import Client
 from paramserver.config import OptimizerConfig, ServerConfig
 from paramserver.errors import NonFiniteGradient, PartitionMismatch, StepTimeout
+from paramserver.messages import Push
 from paramserver.partition import KeySpec, make_partition
 from paramserver.reduction import Node
 from paramserver.transport.in_process import InProcessTransport
@@ -94,3 +95,22 @@ def test_pushed_memory_may_be_overwritten_once_the_wait_has_returned() -> None:
     client.push(1, Node(0, 1), torch.ones_like(gradient), rows_of(Node(0, 1)), {})
     client.wait(2)
     assert torch.equal(fleet.state().values["b"], torch.full((3,), -1.0))
+
+
+def test_a_server_hears_of_the_slices_that_it_has_and_without_any_of_each_push() -> None:
+    fleet = Fleet({"a": torch.arange(100.0)}, num_servers=3, slice_bytes=256)
+    has = [bool(pieces) for pieces in fleet.partition.by_server]
+    heard: list[int] = []
+
+    class Listened(InProcessTransport):
+        def push(self, server: int, push: Push) -> None:
+            heard.append(server)
+            super().push(server, push)
+
+    client = Client(0, fleet.partition, Listened(fleet.group), 5.0)
+    for piece in fleet.partition.slices:
+        heard.clear()
+        client.push(0, Node(0, 1), torch.ones(fleet.partition.length), rows_of(Node(0, 1)), {}, [piece])
+        assert heard == [server for server in range(3) if server == piece.server or not has[server]]
+    assert client.wait(1).version == 1
+    assert has.count(False) == 1, "the case has a server without slices"

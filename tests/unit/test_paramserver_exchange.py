@@ -1,7 +1,7 @@
 """A step that is taken without the interpreter ends as one that is not: the same bits, commits, records and errors."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from paramserver.errors import (
 )
 from paramserver.fused_sgd import fused_sgd
 from paramserver.messages import Commit, MicrobatchStats
+from paramserver.partition import Slice
 from paramserver.reduction import Node, maximal_nodes
 from paramserver.server import Server
 from paramserver.server_memory import ServerMemory
@@ -38,6 +39,9 @@ LEAVES = [Node(index, index + 1) for index in range(M)]
 SGD = OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=0.01)
 TAUGHT = 2
 """Steps before the first that may be foretold: one to see who pushes what, one more for the momentum's first halves."""
+
+
+Order = Callable[[int, int], Iterable[int]]
 
 
 class Run:
@@ -102,16 +106,37 @@ class Run:
             generator = torch.Generator().manual_seed(100 * step + worker)
             vector.copy_(torch.randn(vector.shape, generator=generator))
 
-    def push(self, step: int, worker: int, *, integers: dict[str, Tensor] | None = None, **row: Any) -> None:
+    def push(
+        self,
+        step: int,
+        worker: int,
+        *,
+        integers: dict[str, Tensor] | None = None,
+        only: list[Slice] | None = None,
+        **row: Any,
+    ) -> None:
         node = self.nodes[worker]
         about = {"weight": 3.0 + worker, "samples": 2 + worker, "loss": 0.1 * step + worker, **row}
         seen = {"seen": torch.tensor(step + 1), "flags": torch.tensor([False, True])}
-        self.clients[worker].push(step, node, self.vectors[worker], rows_of(node, **about), integers or seen)
+        self.clients[worker].push(step, node, self.vectors[worker], rows_of(node, **about), integers or seen, only)
 
     def step(self, step: int, **row: Any) -> list[Commit]:
         self.fill(step)
         for worker in range(len(self.nodes)):
             self.push(step, worker, **row)
+        return [client.wait(step + 1) for client in self.clients]
+
+    def buckets(self, count: int) -> list[list[Slice]]:
+        """All slices in so many parts."""
+        return [list(self.fleet.partition.slices[index::count]) for index in range(count)]
+
+    def step_in_buckets(self, step: int, buckets: list[list[Slice]], order: Order) -> list[Commit]:
+        """As ``step``; ``order`` gives who pushes next, each its first bucket first."""
+        self.fill(step)
+        sent = [0] * len(self.nodes)
+        for worker in order(len(self.nodes), len(buckets)):
+            self.push(step, worker, only=buckets[sent[worker]])
+            sent[worker] += 1
         return [client.wait(step + 1) for client in self.clients]
 
     def state(self) -> dict[str, Tensor]:
@@ -160,6 +185,8 @@ OPTIMIZERS = {
     "plain": OptimizerConfig(lr=0.1),
     "momentum": OptimizerConfig(lr=0.1, momentum=0.9),
     "nesterov": OptimizerConfig(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adam": OptimizerConfig(name="adam", lr=0.01),
+    "adamw": OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.1, schedule="cosine", total_steps=8),
     "schedule": OptimizerConfig(lr=0.5, momentum=0.9, schedule="step", total_steps=8, decay_factor=0.5),
 }
 
@@ -415,16 +442,183 @@ def test_without_a_compiler_each_step_goes_through_the_interpreter(
     assert bits_equal(run.state(), plain.state())
 
 
-@needs_a_compiler
-def test_what_writes_before_its_pass_is_not_foretold(start: Start) -> None:
-    run = start(OptimizerConfig(name="adam", lr=0.01))
-    for step in range(4):
-        run.step(step)
-    assert run.foretold == 0
-
-
 def test_a_row_holds_what_a_worker_counts(start: Start) -> None:
     run = start()
     for step in range(4):
         commits = run.step(step, loss=math.inf)
     assert commits[0].stats[3] == MicrobatchStats(3, math.inf, 6.0, 5)
+
+
+# -- in buckets --------------------------------------------------------------------------------------------------------
+
+ORDERS: dict[str, Order] = {
+    "bucket by bucket": lambda workers, buckets: [worker for _ in range(buckets) for worker in range(workers)],
+    "worker by worker": lambda workers, buckets: [worker for worker in range(workers) for _ in range(buckets)],
+    "backwards": lambda workers, buckets: [worker for worker in reversed(range(workers)) for _ in range(buckets)],
+}
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_step_in_buckets_is_foretold_and_has_the_bits_of_one_that_is_not(
+    start: Start, count: int, order: Order
+) -> None:
+    quick, plain = start(), start(foretell=False)
+    steps = 8
+    for step in range(steps):
+        told = quick.step_in_buckets(step, quick.buckets(count), order)
+        wanted = plain.step(step)
+        assert [_known(commit)._replace(last_worker=None) for commit in told] == [
+            _known(commit)._replace(last_worker=None) for commit in wanted
+        ]
+        assert bits_equal(quick.state(), plain.state())
+    assert quick.foretold >= steps - TAUGHT
+    assert [commit.version for commit in quick.commits if commit is not None] == list(range(1, steps + 1))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("foretell", [True, False])
+def test_who_waits_for_slices_has_each_bucket_before_the_next_is_pushed(start: Start, foretell: bool) -> None:
+    run = start(foretell=foretell)
+    buckets = run.buckets(3)
+    for step in range(8):
+        run.fill(step)
+        for index, bucket in enumerate(buckets):
+            for worker in range(len(run.nodes)):
+                run.push(step, worker, only=bucket)
+            if index < len(buckets) - 1:
+                for client in run.clients:
+                    client.await_slices(step + 1, bucket)
+                assert run.versions.committed(0) == step
+                assert not any(run.versions.has(piece, step + 1) for later in buckets[index + 1 :] for piece in later)
+        for client in run.clients:
+            client.await_slices(step + 1, run.fleet.partition.slices)
+            assert client.wait(step + 1).version == step + 1
+    assert run.foretold == (8 - TAUGHT if foretell else 0)
+    _assert_as_undisturbed(run, start, 8)
+
+
+def _elsewhere(run: Run) -> None:
+    run.hub.call(lambda: None).result(TIMEOUT_S)
+
+
+def _twice(run: Run) -> None:
+    run.push(4, 0, only=run.buckets(4)[0])
+
+
+def _nothing(run: Run) -> None:
+    run.push(4, 2, only=[])
+
+
+def _whole(run: Run) -> None:
+    run.push(4, 1)
+
+
+def _member(run: Run) -> None:
+    run.clients.append(run.join(M))
+
+
+def _gone(run: Run) -> None:
+    run.clients[-1].close()
+    run.clients[-1] = run.join(M - 1)
+    run.vectors[-1] = run.clients[-1].allocate()
+    for bucket in run.buckets(4):
+        run.fill(4)
+        run.push(4, M - 1, only=bucket)
+
+
+MIDWAY = {
+    "a call": _elsewhere,
+    "a bucket twice": _twice,
+    "a push of nothing": _nothing,
+    "all at once": _whole,
+    "somebody joins": _member,
+    "somebody goes and comes again": _gone,
+}
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("happens", MIDWAY.values(), ids=MIDWAY.keys())
+@pytest.mark.parametrize("after", [1, 2])
+def test_what_happens_between_two_buckets_leaves_the_step_exact(
+    start: Start, happens: Callable[[Run], None], after: int
+) -> None:
+    run = start()
+    buckets = run.buckets(4)
+    order = ORDERS["bucket by bucket"]
+    for step in range(4):
+        run.step_in_buckets(step, buckets, order)
+    before = run.foretold
+    run.fill(4)
+    for bucket in buckets[:after]:
+        for worker in range(M):
+            run.push(4, worker, only=bucket)
+    run.clients[0].await_slices(5, buckets[after - 1])
+    happens(run)
+    for bucket in buckets[after:]:
+        for worker in range(M):
+            run.push(4, worker, only=bucket)
+    for client in run.clients:
+        assert client.wait(5).version == 5
+    for step in range(5, 9):
+        run.step_in_buckets(step, buckets, order)
+    assert run.foretold > before
+    _assert_as_undisturbed(run, start, 9)
+
+
+@needs_a_compiler
+def test_rows_that_change_between_two_buckets_are_taken_as_they_are_without_foretelling(start: Start) -> None:
+    quick, plain = start(), start(foretell=False)
+    for run in (quick, plain):
+        buckets = run.buckets(3)
+        for step in range(4):
+            run.step_in_buckets(step, buckets, ORDERS["bucket by bucket"])
+        run.fill(4)
+        for index, bucket in enumerate(buckets):
+            for worker in range(M):
+                run.push(4, worker, only=bucket, loss=1.0 + index)
+        assert run.clients[0].wait(5).stats[0].loss == 3.0
+    assert bits_equal(quick.state(), plain.state())
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_gradient_that_is_not_finite_is_named_in_its_bucket(start: Start, bad: int) -> None:
+    run = start()
+    slices = run.fleet.partition.slices
+    buckets = [[piece] for piece in slices]
+    for step in range(4):
+        run.step_in_buckets(step, buckets, ORDERS["bucket by bucket"])
+    before = run.state()
+    run.fill(4)
+    run.vectors[1][slices[bad].start + 1] = math.nan
+    for bucket in buckets:
+        for worker in range(M):
+            run.push(4, worker, only=bucket)
+    with pytest.raises(NonFiniteGradient, match="is not finite in step 5"):
+        run.clients[0].wait(5)
+    assert run.memory.version == 4
+    assert bits_equal(run.state(), before)
+    assert run.foretold == 4 - TAUGHT
+
+
+@needs_a_compiler
+def test_members_come_again_between_two_buckets(start: Start) -> None:
+    run = start()
+    buckets = run.buckets(3)
+    for step in range(4):
+        run.step_in_buckets(step, buckets, ORDERS["bucket by bucket"])
+    run.fill(4)
+    for worker in range(M):
+        run.push(4, worker, only=buckets[0])
+    run.clients[0].await_slices(5, buckets[0])
+    run.hub.call(lambda: run.hub.regroup(1)).result(TIMEOUT_S)
+    assert not any(run.versions.has(piece, 5) for piece in run.fleet.partition.slices)
+    for client in run.clients:
+        client.close()
+    run.clients = [run.join(worker) for worker in range(M)]
+    run.vectors = [client.allocate() for client in run.clients]
+    for step in range(4, 9):
+        run.step_in_buckets(step, buckets, ORDERS["worker by worker"])
+    _assert_as_undisturbed(run, start, 9)
