@@ -47,3 +47,5 @@ class RoundPlan(NamedTuple):
     """Address where a record of this length is kept, behind its length."""
     kept_version: int
     """Address of the word that is ``version + 1`` once it is."""
+    begun: int
+    """Address of the word that is ``version + 1`` once something of it is written."""

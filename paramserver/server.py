@@ -129,7 +129,6 @@ class Server:
 
     def open_step(self) -> None:
         """Forget the step that was committed, or what was pushed to the open one; see ``commit``."""
-        self._written = False
         self._step.open()
         for held in self._slices.values():
             held.open_step()
@@ -229,7 +228,7 @@ class Server:
         Raises:
             NonFiniteGradient: with ``on_nan="stop"``; the committed version stands.
         """
-        self._written = True
+        self.memory.begin(self.version + 1)
         held, decision = self._slices[index], self._decision
         if decision is not None and not decision.apply:
             if part == 0:
@@ -269,7 +268,7 @@ class Server:
             chunks.setdefault(id(function), (function, []))[1].append(chunk)
         if not taken:
             return rest
-        self._written = True
+        self.memory.begin(self.version + 1)
         works = [Work(function, of_pass) for function, of_pass in chunks.values()]
 
         def share(thread: int) -> None:
@@ -359,7 +358,7 @@ class Server:
             None where it needs more than one pass over memory, or it is not known what that is.
         """
         version, due = self.version, self._verify_every
-        started = bool(self._step.stats) or self._written
+        started = bool(self._step.stats) or self._begun
         if started or self.config.needs_vote or not (self.may_write and self._slices and self.memory.filled):
             return None
         if due and (version + 1) % due == 0:
@@ -424,12 +423,11 @@ class Server:
         self._last = commit
 
     def interrupt(self, slices: Iterable[int]) -> None:
-        """What ``plan`` gave was begun and given up: the version before the committed one is gone.
+        """What ``plan`` gave was given up in the middle.
 
         Args:
-            slices: that stand at the next version already; what is pushed of them is still to be heard of.
+            slices: that stand at the next version already; what was pushed of them is still to be heard of.
         """
-        self._written = True
         for index in slices:
             self._slices[index].end_planned()
 
@@ -488,7 +486,12 @@ class Server:
         """Whether ``version`` stands here: the committed one, and the one before until the open step is updated."""
         if version == self.version or self._holds[version]:
             return True
-        return version == self.version - 1 and version in self._integers and not self._written
+        return version == self.version - 1 and version in self._integers and not self._begun
+
+    @property
+    def _begun(self) -> bool:
+        """Whether something of the next version was written, by this object or by one before it on the same memory."""
+        return self.memory.begun > self.version
 
     def _check_readable(self, version: int) -> None:
         if not self.readable(version):

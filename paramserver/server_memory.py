@@ -33,6 +33,8 @@ _PAGE = 4096
 _HEADER = struct.Struct("<q32s")
 """Committed version plus one (0: never filled), and the layout's hash."""
 _WORD = struct.Struct("<q")
+_BEGUN = 64
+"""Where the word lies that says of which version something was written last, plus one."""
 _ROW_BYTES = 64
 _KEY_BYTES = 16
 """What a microbatch's row takes at most in a commit's record."""
@@ -165,6 +167,15 @@ class ServerMemory:
         """The committed version."""
         return int(_WORD.unpack_from(self._bytes)[0]) - 1
 
+    @property
+    def begun(self) -> int:
+        """The newest version of which something was written: the one two before it is gone."""
+        return int(_WORD.unpack_from(self._bytes, _BEGUN)[0]) - 1
+
+    def begin(self, version: int) -> None:
+        """Something of ``version`` is written next."""
+        _WORD.pack_into(self._bytes, _BEGUN, version + 1)
+
     def commit(self, version: int, record: bytes) -> None:
         """Everything of ``version`` stands here: say so, last of all. ``record`` is what ``pack_commit`` made of it."""
         place = _PAGE + version % 2 * self._layout.record
@@ -176,15 +187,15 @@ class ServerMemory:
         # x86 shows writes to others in this order, and one aligned word at once.
         _WORD.pack_into(self._bytes, 0, version + 1)
 
-    def record_places(self, version: int, length: int) -> tuple[int, int]:
-        """Addresses of where ``commit`` puts a record of ``length`` bytes, behind its length, and of the last word.
+    def record_places(self, version: int, length: int) -> tuple[int, int, int]:
+        """Addresses of where ``commit`` puts a record of ``length`` bytes, its last word, and the word of ``begin``.
 
-        Something must stand here already.
+        The record's length comes first. Something must stand here already.
         """
         assert self.filled
         assert _WORD.size + length <= self._layout.record, "a commit's record is larger than was thought"
         start = self._content.data_ptr()
-        return start + _PAGE + version % 2 * self._layout.record, start
+        return start + _PAGE + version % 2 * self._layout.record, start, start + _BEGUN
 
     def record(self, version: int) -> tuple[Commit, IntegerBlock] | None:
         """The commit of the committed version or of the one before it, with the integer buffers; None if unknown."""

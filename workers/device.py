@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import sys
 
 import torch
 
@@ -22,6 +23,9 @@ __all__ = [
 
 _MOST_UPDATE_THREADS = 8
 """Of one server: a few cores can use all of the memory's bandwidth."""
+_SWITCH_S = 1e-4
+"""After which a thread that computes in Python lets another one go on: those that hand on what a GPU has made would
+otherwise wait for 5 ms, a tenth of a step, whenever the one that launches kernels does something else."""
 
 # As malloc.h has them.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
@@ -46,6 +50,7 @@ def setup_device(config: WorkerConfig) -> torch.device:
             "lower --workers, or set --share-device"
         )
     _choose_reproducible_kernels()
+    sys.setswitchinterval(_SWITCH_S)
     device = torch.device("cuda", config.device_index)
     torch.cuda.set_device(device)
     return device

@@ -120,10 +120,14 @@ class PinnedMemory(HostMemory):
         self._stream = torch.cuda.Stream(replica.device)  # type: ignore[no-untyped-call]
         self._twins: dict[int, Tensor] = {}
         self._pinned: list[Tensor] = []
-        host = [self._pin(vector) for version in (0, 1) if (vector := client.vector(version)) is not None]
         self._queued: QueuedVersions | None = None
-        if queues and len(host) == 2 and Gates.exist():
-            self._queued = QueuedVersions(replica, client, (host[0], host[1]), self.begin_thread)
+        try:
+            host = [self._pin(vector) for version in (0, 1) if (vector := client.vector(version)) is not None]
+            if queues and len(host) == 2 and Gates.exist():
+                self._queued = QueuedVersions(replica, client, (host[0], host[1]), self.begin_thread)
+        except BaseException:
+            self.close()
+            raise
         self.queues = self._queued is not None
 
     def _pin(self, vector: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from paramserver.partition import BUFFERS, Partition, Slice
 
-__all__ = ["ReadySlices"]
+__all__ = ["MOST_MESSAGES", "ReadySlices"]
 
 _SHARES = (0.5, 0.8, 0.95)
 """Of all elements, at which a message goes out: the last one, whose update nothing hides, is small."""
@@ -15,6 +15,8 @@ _LEAST_COPIED_ELEMENTS = 1 << 18
 """From a GPU, beside which servers have cores of their own: they begin early, so that they are done with all but the
 last message's slices when backward is, and that one is small, since its way down, update and way up hide behind
 nothing."""
+MOST_MESSAGES = 1 + max(len(_SHARES), len(_COPIED_SHARES))
+"""For all slices of a node."""
 
 
 class ReadySlices:
@@ -23,7 +25,7 @@ class ReadySlices:
     Args:
         partition: of the model.
         keys: names of the trained keys, by the index that ``done`` is called with.
-        send: called with slices that have become whole, a few times for all slices.
+        send: called with slices that have become whole, at most ``MOST_MESSAGES`` times for all of them.
         least_elements: what a message is worth sending for before backward is over; None: the usual.
         copies: whether slices are copied on their way.
     """

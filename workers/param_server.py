@@ -90,7 +90,11 @@ class ParamServerBackend:
         self._early: EarlyForward | None = None
         if early_forward and client.shares_memory and not self._memory.copies:
             self._early = EarlyForward(replica, lambda slices: self._memory.bring(self._shown, slices))
-        self._sums = GradientSums(replica, run, num_microbatches, self._memory.new_sum, self._key_done)
+        try:
+            self._sums = GradientSums(replica, run, num_microbatches, self._memory.new_sum, self._key_done)
+        except BaseException:  # a server may be gone by now; a later backend locks the same pages
+            self._memory.close()
+            raise
         self._pushed: set[Node] = set()
         # A GPU's gradients arrive later than backward hands them out, and nobody else would wait for them meanwhile.
         self._sender: ThreadPoolExecutor | None = None

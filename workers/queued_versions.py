@@ -14,11 +14,10 @@ from torch import Tensor
 from paramserver.client import Client
 from paramserver.partition import Slice
 from workers.gates import Gates
+from workers.overlap import MOST_MESSAGES
 from workers.replica import Replica
 
 __all__ = ["QueuedVersions", "ranges"]
-
-_GROUPS = 8
 
 
 class QueuedVersions:
@@ -44,7 +43,7 @@ class QueuedVersions:
         self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._read.record(torch.cuda.current_stream(replica.device))
         self._come = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._gates = Gates(_GROUPS)
+        self._gates = Gates(MOST_MESSAGES)
         self._thread = ThreadPoolExecutor(1, initializer=begin_thread)
         self._bringing: Future[None] | None = None
         self.expected = -1
@@ -55,8 +54,10 @@ class QueuedVersions:
 
         All kernels that read the version before the committed one must have been queued before its ``show``.
         """
-        assert len(groups) <= _GROUPS
+        assert len(groups) <= MOST_MESSAGES
         half = version % 2
+        # First of all: should the driver not queue but wait, somebody must be there to open what it waits for.
+        self._bringing = self._thread.submit(self._bring, version, groups)
         self._stream.wait_event(self._read)
         with torch.cuda.stream(self._stream):
             for gate, slices in enumerate(groups):
@@ -65,7 +66,6 @@ class QueuedVersions:
                     self._values[half][start:stop].copy_(self._host[half][start:stop], non_blocking=True)
             self._come.record(self._stream)
         self.expected = version
-        self._bringing = self._thread.submit(self._bring, version, groups)
 
     def _bring(self, version: int, groups: Sequence[Sequence[Slice]]) -> None:
         try:

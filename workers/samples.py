@@ -196,13 +196,17 @@ class MicrobatchLoader:
 
     def next(self) -> Batch:
         """The next non-empty microbatch."""
-        self.prepare()
+        self._prepare()
         assert self._prepared is not None
         prepared, self._prepared = self._prepared, None
         return prepared.result()
 
     def prepare(self) -> None:
-        """Draw the next microbatch now, if there is one left; what that raises is raised by ``next``."""
+        """Draw the next microbatch now, if there is one left and nobody else does; ``next`` raises what that raises."""
+        if not self._loader.num_workers:  # others are ahead anyway, and one who is late is waited for when it is needed
+            self._prepare()
+
+    def _prepare(self) -> None:
         if self._prepared is None:
             self._prepared = Future()
             try:

@@ -187,8 +187,9 @@ struct round {
     int64_t *kept_version;       /* ... and the word that says so, which is one more than the version */
     int64_t *committed;          /* word of this server */
     int64_t version;             /* that is made */
-    int64_t began;               /* becomes 1 once memory is written */
+    int64_t *begun;              /* word that says that memory is written: one more than the version */
     int64_t done;                /* how many buckets stand at it */
+    double spent_ms;             /* updating them */
 };
 
 static double milliseconds(void)
@@ -267,6 +268,8 @@ static int await(struct round *r, int64_t bucket)
     struct epoll_event events[EVENTS];
     while (!is_whole(r, bucket)) {
         const int found = epoll_wait(r->epoll, events, EVENTS, -1);
+        if (found < 0 && errno == EINTR)
+            continue;
         int strange = found < 0;
         for (int i = 0; i < found; i++) {
             struct contributor *c = find(r, events[i].data.fd);
@@ -313,8 +316,10 @@ static int weigh(const struct round *r)
 
 static int update(struct round *r, const struct bucket *b)
 {
-    r->began = 1;
+    const double begin = milliseconds();
+    __atomic_store_n(r->begun, r->version + 1, __ATOMIC_RELEASE);
     run_together(r->team, b->tasks, b->num_tasks);
+    r->spent_ms += milliseconds() - begin;
     for (int64_t i = 0; i < b->num_tasks; i++)
         if (b->tasks[i].work.found)
             return 0;
@@ -337,7 +342,7 @@ static void tell_of_bucket(const struct round *r)
     }
 }
 
-static void commit(struct round *r, double update_ms)
+static void commit(struct round *r)
 {
     const double begin = milliseconds();
     const struct contributor *one = r->contributors;
@@ -348,7 +353,7 @@ static void commit(struct round *r, double update_ms)
     memcpy(r->answer + r->integers, integers_of(one), length_of_integers(one));
     const int32_t flags = __atomic_load_n(&r->flags, __ATOMIC_ACQUIRE);
     memcpy(r->answer + r->flags_at, &flags, sizeof flags);
-    const double times[] = {update_ms, milliseconds() - begin};
+    const double times[] = {r->spent_ms, milliseconds() - begin};
     memcpy(r->answer + r->update_ms, times, sizeof times);
     const int64_t length = r->answer_length - r->record;
     memcpy(r->kept, &length, sizeof length);
@@ -372,21 +377,18 @@ static void tell_of_commit(struct round *r)
    lies in the contributors. Returns 1 once everybody was told, and something else has come or PUT_OFF_MS have passed. */
 int32_t pushpull_round(struct round *r)
 {
-    double update_ms = 0;
     for (int64_t i = 0; i < r->num_buckets; i++) {
         if (!await(r, i) || (!i && !weigh(r)))
             return 0;
-        const double begin = milliseconds();
         if (!update(r, &r->buckets[i]))
             return 0;
-        update_ms += milliseconds() - begin;
         r->done = i + 1;
         if (r->done == r->num_buckets)
             break;
         show(r, &r->buckets[i]);
         tell_of_bucket(r);
     }
-    commit(r, update_ms);
+    commit(r);
     tell_of_commit(r);
     struct epoll_event events[EVENTS];
     epoll_wait(r->epoll, events, EVENTS, PUT_OFF_MS); /* they want the cores now; what follows here does not */

@@ -112,8 +112,9 @@ class _Round(ctypes.Structure):
         ("kept_version", ctypes.c_void_p),
         ("committed", ctypes.c_void_p),
         ("version", ctypes.c_int64),
-        ("began", ctypes.c_int64),
+        ("begun", ctypes.c_void_p),
         ("done", ctypes.c_int64),
+        ("spent_ms", ctypes.c_double),
     )
 
 
@@ -194,7 +195,7 @@ class Exchange:
         about.flags_at = about.record + UsualCommit.FLAGS
         about.update_ms = about.record + UsualCommit.UPDATE_MS
         about.kept, about.kept_version, about.version = plan.kept, plan.kept_version, plan.version
-        about.began = about.done = 0
+        about.begun, about.done, about.spent_ms = plan.begun, 0, 0.0
         self._kept = plan, divisors, told, *kept  # the structures have their addresses alone
 
     def run(self) -> bool:
@@ -205,14 +206,14 @@ class Exchange:
         return bool(self._call(self._round))
 
     @property
-    def began(self) -> bool:
-        """Whether memory of the new version was written in the last round."""
-        return bool(self._round.began)
-
-    @property
     def done(self) -> int:
         """How many buckets stand at the new version after the last round, given up or not."""
         return int(self._round.done)
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds on the clock that their update took."""
+        return 1e-3 * float(self._round.spent_ms)
 
     @property
     def answer(self) -> bytes:

@@ -96,9 +96,7 @@ class Hub:
         self.versions = versions
         self._before_update = before_update
         self._on_change = on_change
-        self.on_written: Callable[[int, Sequence[Slice]], None] | None = None
-        """Called in the hub's thread with a version and slices that have it before it is committed; costs nothing while
-        it is None and no worker waits for slices."""
+        self._on_written: Callable[[int, Sequence[Slice]], None] | None = None
         self._watched = False
         self._pieces = server.partition.by_server[server.index]
         self._scratches = [server.new_scratch() for _ in range(threads)]
@@ -128,6 +126,18 @@ class Hub:
 
     address: Address
     """Where workers connect."""
+
+    @property
+    def on_written(self) -> Callable[[int, Sequence[Slice]], None] | None:
+        """Called in the hub's thread with a version and slices that have it before it is committed; costs nothing while
+        it is None and no worker waits for slices."""
+        return self._on_written
+
+    @on_written.setter
+    def on_written(self, function: Callable[[int, Sequence[Slice]], None] | None) -> None:
+        asked, self._on_written = self._on_written is not None, function
+        if function is not None and not asked:
+            self.call(lambda: None)  # a step may be under way in which nobody is asked
 
     @property
     def stop(self) -> bool:
@@ -177,7 +187,7 @@ class Hub:
     def written(self, pieces: Sequence[Slice], version: int) -> None:
         """Somebody else has written slices at the version that is committed next."""
         self.versions.mark(pieces, version)
-        self.call(lambda: self._tell_written(version))
+        self.call(lambda: self._tell_written(version, bucket=True))
 
     def close(self) -> None:
         """Stop the thread and give sockets back; arenas go with their last user."""
@@ -220,6 +230,8 @@ class Hub:
             self._conclude()
             return True
         if came := usual.take_back():
+            self._wall += usual.spent_s
+            self._scratches[0].busy["update"] += usual.spent_s
             for peer, heard in came:
                 self._answer(peer, heard, [])
             self._advance()  # it may be that nothing else comes

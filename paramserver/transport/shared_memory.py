@@ -290,7 +290,7 @@ class SharedMemoryTransport:
         """Take one message in; raises the error that it holds."""
         try:
             message, _ = self._lines[server].channel.receive(deadline - time.monotonic())
-        except EOFError:
+        except (EOFError, KeyError):  # KeyError: this side was closed while another thread of it waited
             raise self._lost(server) from None
         self._understand(server, message)
         return message

@@ -102,10 +102,14 @@ class UsualRounds:
 
     def take_back(self) -> list[tuple[Peer, Heard]]:
         """What has come before ``run`` gave up; ``note`` follows for each that is taken."""
-        if self._exchange.began:
-            done = self._buckets[: self._exchange.done]
-            self._server.interrupt(index for bucket in done for index in bucket)
+        done = self._buckets[: self._exchange.done]
+        self._server.interrupt(index for bucket in done for index in bucket)
         return self._came()
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds on the clock that updates took before ``run`` gave up."""
+        return self._exchange.spent_s
 
     def conclude(self) -> Commit:
         """After a round that was done: let the server know what has happened to it."""

@@ -163,7 +163,7 @@ class Failed(NamedTuple):
 # Messages of every step are plain values at fixed places: pickle looks each class up by its name, which in caches that
 # a backward has just swept takes longer than all the rest. Everything else is pickled.
 
-_ARRIVAL, _AGAIN, _COMMITTED, _PICKLE = b"A", b"S", b"C", b"P"
+_ARRIVAL, _AGAIN, _WRITTEN, _COMMITTED, _PICKLE = b"A", b"S", b"W", b"C", b"P"
 _ABOUT = struct.Struct("<cqqi")
 """Kind, slot, step, and bytes of the rows. Those follow, then the integer buffers."""
 
@@ -176,6 +176,8 @@ def encode(message: object) -> bytes:
         return head + lasting + encode_again(message.push, message.slot)
     if isinstance(message, Committed):
         return encode_committed(pack_commit(message.commit, message.integers))
+    if isinstance(message, Written):
+        return _WRITTEN
     return _PICKLE + pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
 
 
@@ -215,6 +217,8 @@ def decode(data: bytes) -> object:
         return Committed(*unpack_commit(data[1:]))
     if kind == _AGAIN:
         return _read_again(data, 0, None)
+    if kind == _WRITTEN:
+        return Written()
     if kind == _ARRIVAL:
         begin = struct.calcsize("<ci")
         end = begin + struct.unpack_from("<ci", data)[1]

@@ -71,10 +71,12 @@ def _victims(folder: Path, role: str) -> list[int]:
     return [row["pid"] for row in rows if row["role"] == role]
 
 
-def _disturb(dice: random.Random, task: str, out: Path, name: str, kills: int, pause_s: float, tally: Tally) -> None:
-    """One run with so many kills, each up to ``pause_s`` after the one before it."""
+def _disturb(
+    dice: random.Random, task: str, out: Path, name: str, kills: int, pause_s: float, tally: Tally, given: list[str]
+) -> None:
+    """One run, with the options given, and with so many kills, each up to ``pause_s`` after the one before it."""
     workers, servers = dice.randint(2, 4), dice.randint(1, 2)
-    more = ["--backend=ps", f"--workers={workers}", f"--servers={servers}", "--resume=auto"]
+    more = ["--backend=ps", f"--workers={workers}", f"--servers={servers}", "--resume=auto", *given]
     command, folder = _command(task, out, name, *more), out / name
     process = _start(command)
     deadline, done = time.monotonic() + HANG_S, []
@@ -156,6 +158,8 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--pause", type=float, default=8.0, help="seconds between two kills at most")
+    parser.add_argument("--task", choices=SETTINGS, help="of all runs; otherwise every fifth is of fcn")
+    parser.add_argument("given", nargs="*", metavar="-- --overlap=true", help="options for the runs that are disturbed")
     options = parser.parse_args()
     tally, memory = Tally(), shared_memory()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
@@ -166,10 +170,10 @@ def main() -> int:
         while tally.runs < options.runs or (sum(tally.kills.values()) < options.kills and not tally.hangs):
             number = tally.runs
             dice = random.Random(1000 * options.seed + number)
-            task = "fcn" if number % 5 == 4 else "ssd"
+            task = options.task or ("fcn" if number % 5 == 4 else "ssd")
             folders = ray_folders()
             before = sum(tally.kills.values())
-            _disturb(dice, task, out, f"run-{number}", each, options.pause, tally)
+            _disturb(dice, task, out, f"run-{number}", each, options.pause, tally, options.given)
             word = _judge(out, task, f"run-{number}", tally)
             left = gone(ray_folders() - folders)
             tally.left_behind += bool(left) + bool(shared_memory() - memory)

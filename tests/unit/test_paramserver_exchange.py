@@ -21,7 +21,7 @@ from paramserver.errors import (
     StepTimeout,
 )
 from paramserver.fused_sgd import fused_sgd
-from paramserver.messages import Commit, MicrobatchStats
+from paramserver.messages import Commit, FlatSlices, MicrobatchStats, Push
 from paramserver.partition import Slice
 from paramserver.reduction import Node, maximal_nodes
 from paramserver.server import Server
@@ -508,7 +508,11 @@ def _twice(run: Run) -> None:
 
 
 def _nothing(run: Run) -> None:
-    run.push(4, 2, only=[])
+    client, node = run.clients[2], run.nodes[2]
+    seen = {"seen": torch.tensor(5), "flags": torch.tensor([False, True])}
+    rows = rows_of(node, weight=5.0, samples=4, loss=2.4)
+    # A client sends nothing then.
+    client._transport.push(0, Push("run", 4, 0, 2, node, FlatSlices(run.vectors[2], []), rows, seen))
 
 
 def _whole(run: Run) -> None:
