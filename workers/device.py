@@ -15,6 +15,7 @@ __all__ = [
     "cpu_model",
     "device_kind",
     "keep_freed_memory",
+    "launches_block",
     "quiet_profiler",
     "setup_device",
     "tune_cpu_process",
@@ -75,6 +76,11 @@ def _choose_reproducible_kernels() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False  # it would choose kernels by a race
     torch.backends.cudnn.deterministic = True
+
+
+def launches_block() -> bool:
+    """Whether CUDA was asked to wait for each kernel, as one does who looks for a fault: nothing can be queued then."""
+    return os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
 
 
 def quiet_profiler() -> None:

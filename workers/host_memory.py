@@ -8,6 +8,7 @@ from torch import Tensor
 from paramserver.client import Client
 from paramserver.errors import ConfigError
 from paramserver.partition import Slice
+from workers.device import launches_block
 from workers.gates import Gates
 from workers.queued_versions import QueuedVersions, ranges
 from workers.replica import Replica
@@ -123,7 +124,7 @@ class PinnedMemory(HostMemory):
         self._queued: QueuedVersions | None = None
         try:
             host = [self._pin(vector) for version in (0, 1) if (vector := client.vector(version)) is not None]
-            if queues and len(host) == 2 and Gates.exist():
+            if queues and len(host) == 2 and Gates.exist() and not launches_block():
                 self._queued = QueuedVersions(replica, client, (host[0], host[1]), self.begin_thread)
         except BaseException:
             self.close()

@@ -17,6 +17,7 @@ from workers.counted import Counted
 from workers.early_forward import EarlyForward
 from workers.gradient_sums import GradientSums
 from workers.host_memory import host_memory
+from workers.launches import Launches
 from workers.overlap import ReadySlices
 from workers.replica import Replica, agree
 from workers.timing import PhaseTimer, stage_word
@@ -87,6 +88,7 @@ class ParamServerBackend:
         if overlap and client.shares_memory:
             keys = [key.name for key, _ in replica.parameters]
             self._ready = ReadySlices(replica.partition, keys, self._slices_whole, copies=self._memory.copies)
+        self._launches = Launches()
         self._early: EarlyForward | None = None
         if early_forward and client.shares_memory and not self._memory.copies:
             self._early = EarlyForward(replica, lambda slices: self._memory.bring(self._shown, slices))
@@ -139,15 +141,20 @@ class ParamServerBackend:
         if not self._ahead:
             self._replica.reset_buffers()
         learns = self._early is not None and not self._early.learned and not self._ahead
+        if self._memory.queues and not self._ahead:
+            self._launches.begin()
         self._ahead = False
         self._node = self._sums.begin(index).completes
         self._next = self._client.vector(self.version + 1) if last and not self._memory.copies else None
         with self._early.watched() if learns and self._early else nullcontext():
-            yield
+            try:
+                yield
+            finally:
+                self._launches.end()  # of a pass that was interrupted, else ``forwarded`` has said so
 
     def ahead(self) -> AbstractContextManager[None] | None:
         """See ``Backend.ahead``."""
-        can = self._memory.queues or (self._early is not None and self._early.learned)
+        can = self._launches.fit if self._memory.queues else self._early is not None and self._early.learned
         return self._forward_ahead() if can and self._knows_integers else None
 
     @contextmanager
@@ -162,6 +169,7 @@ class ParamServerBackend:
 
     def forwarded(self, counted: Counted) -> None:
         """See ``Backend.forwarded``: from here on backward may push what it makes whole, with the node's rows."""
+        self._launches.end()
         self._sums.put_buffers(counted.samples)
         self._count(counted)
         if self._node is None:

@@ -158,7 +158,7 @@ def test_a_run_that_begins_early_has_the_bits_of_one_that_waits(overlap: bool) -
     worker, backend = build_param_server_worker(TinyTask(), config, parts.replica, transport)
     with mock.patch.object(backend, "ahead", wraps=backend.ahead) as ahead:
         reports = [report for report in worker.run() if isinstance(report, StepReport)]
-    state = assemble(parts.partition, [server.snapshot(PLAN.steps)])
+    state = assemble(parts.partition, [hub.call(lambda: server.snapshot(PLAN.steps)).result(TIMEOUT_S)])
     backend.close()
     hub.close()
     single = train_single(TinyTask(), config, OPTIMIZER, SERVERS)
