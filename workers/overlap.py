@@ -1,21 +1,21 @@
-"""Which slices are whole while backward is still under way, and when to send them: a few messages, not one a slice."""
+"""Which slices are whole while backward is still under way, and when to send them: in a few buckets, not one by one."""
 
 from collections.abc import Callable, Sequence
 
 from paramserver.partition import BUFFERS, Partition, Slice
 
-__all__ = ["MOST_MESSAGES", "ReadySlices"]
+__all__ = ["MOST_BUCKETS", "ReadySlices"]
 
 _SHARES = (0.5, 0.8, 0.95)
-"""Of all elements, at which a message goes out: the last one, whose update nothing hides, is small."""
+"""Of all elements, at which a bucket goes out: the last one, whose update nothing hides, is small."""
 _LEAST_ELEMENTS = 1 << 21
 """8 MiB: a server sums and updates less than that in the time that a few more messages take."""
 _COPIED_SHARES = (0.2, 0.4, 0.6, 0.8, 0.93, 0.99)
 _LEAST_COPIED_ELEMENTS = 1 << 18
 """From a GPU, beside which servers have cores of their own: they begin early, so that they are done with all but the
-last message's slices when backward is, and that one is small, since its way down, update and way up hide behind
+last bucket's slices when backward is, and that one is small, since its way down, update and way up hide behind
 nothing."""
-MOST_MESSAGES = 1 + max(len(_SHARES), len(_COPIED_SHARES))
+MOST_BUCKETS = 1 + max(len(_SHARES), len(_COPIED_SHARES))
 """For all slices of a node."""
 
 
@@ -25,8 +25,8 @@ class ReadySlices:
     Args:
         partition: of the model.
         keys: names of the trained keys, by the index that ``done`` is called with.
-        send: called with slices that have become whole, at most ``MOST_MESSAGES`` times for all of them.
-        least_elements: what a message is worth sending for before backward is over; None: the usual.
+        send: called with slices that have become whole, at most ``MOST_BUCKETS`` times for all of them.
+        least_elements: what a bucket is worth sending for before backward is over; None: the usual.
         copies: whether slices are copied on their way.
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from paramserver.client import Client
 from paramserver.partition import Slice
 from workers.gates import Gates
-from workers.overlap import MOST_MESSAGES
+from workers.overlap import MOST_BUCKETS
 from workers.replica import Replica
 
 __all__ = ["QueuedVersions", "ranges"]
@@ -43,7 +43,7 @@ class QueuedVersions:
         self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._read.record(torch.cuda.current_stream(replica.device))
         self._come = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._gates = Gates(MOST_MESSAGES)
+        self._gates = Gates(MOST_BUCKETS)
         self._thread = ThreadPoolExecutor(1, initializer=begin_thread)
         self._bringing: Future[None] | None = None
         self.expected = -1
@@ -54,7 +54,7 @@ class QueuedVersions:
 
         All kernels that read the version before the committed one must have been queued before its ``show``.
         """
-        assert len(groups) <= MOST_MESSAGES
+        assert len(groups) <= MOST_BUCKETS
         half = version % 2
         # First of all: should the driver not queue but wait, somebody must be there to open what it waits for.
         self._bringing = self._thread.submit(self._bring, version, groups)

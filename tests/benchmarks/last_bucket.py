@@ -1,9 +1,9 @@
 """What a device waits for behind its backward: the last bucket's way through a server of its machine, and what is late.
 
-A stand-in without a GPU: the worker's backward is a pause in which the keys' gradients come as work is spread over the
-network, and its buckets are those that a GPU sends (``ReadySlices`` with ``copies``). Timed is from the end of the
-pause until all slices stand at the next version, as the thread sees it that would bring them up. Steps that are
-foretold and steps that go through the interpreter come in turn, each with a server process of its own.
+A stand-in without a GPU: backward is a pause, in which buckets arrive as its work is spread over the network. They are
+those that a GPU sends (``ReadySlices`` with ``copies``), and a thread has each one's message ready when it comes. Timed
+is from the end of the pause until all slices stand at the next version, as the thread sees it that would bring them up.
+Steps that are foretold and steps that go through the interpreter come in turn, each with a server process of its own.
 
     python -m tests.benchmarks.last_bucket --model fcn_resnet50 --backward-ms 200
 """
@@ -36,7 +36,6 @@ from workers.replica import describe_model
 _OPTIMIZER = OptimizerConfig(lr=0.01, momentum=0.9, weight_decay=1e-4)
 _TIMEOUT_S = 30.0
 _WARM_UP = 4
-_LEAST_PAUSE_S = 2e-3
 _MODELS = {
     "fcn_resnet50": lambda: torchvision.models.segmentation.fcn_resnet50(
         weights=None, weights_backbone=None, num_classes=21, aux_loss=True
@@ -98,11 +97,14 @@ class Worker:
         known, self.buckets = self.buckets, []
 
         def send(slices: Sequence[Slice]) -> None:
-            bucket = list(slices)
-            self.buckets.append(bucket)
+            self.buckets.append(list(slices))
+            sent.append(self._sender.submit(send_later, self.buckets[-1], arrives))
+
+        def send_later(bucket: Sequence[Slice], at: float) -> None:
             about = (Node(0, 1), self._flat, (MicrobatchStats(0, 1.5, 16.0, 16),), self._integers, bucket)
             push = self._client.prepare(version - 1, *about)
-            sent.append(self._sender.submit(push))
+            time.sleep(max(0.0, at - time.perf_counter()))
+            push()
 
         def bring(buckets: Sequence[Sequence[Slice]]) -> float:
             for bucket in buckets:
@@ -110,21 +112,17 @@ class Worker:
             return time.perf_counter()
 
         ready = ReadySlices(self.partition, self._keys, send, copies=True)
+        begin = arrives = time.perf_counter()
         ready.begin()
-        begin = time.perf_counter()
-        bringing = self._bringer.submit(bring, known) if known else None
         for index, spent in enumerate(self._spent):
-            if (rest := begin + backward_s * spent - time.perf_counter()) > _LEAST_PAUSE_S:
-                time.sleep(rest)
+            arrives = begin + backward_s * spent
             ready.done(index)
-        time.sleep(max(0.0, begin + backward_s - time.perf_counter()))
-        end = time.perf_counter()
         ready.end()
+        came = self._bringer.submit(bring, known or self.buckets).result()
         for future in sent:
             future.result()
-        came = (bringing or self._bringer.submit(bring, self.buckets)).result()
         self._client.wait(version)
-        return 1e3 * (came - end)
+        return 1e3 * (came - begin - backward_s)
 
     def close(self) -> None:
         """End the server."""
