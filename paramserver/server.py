@@ -373,9 +373,11 @@ class Server:
         if sorted(index for bucket in buckets for index in bucket[0].slices) != sorted(self._slices):
             return None
         lr = self.config.learning_rate(version)
-        planned = [self._plan_bucket(bucket, lr) for bucket in buckets]
-        if None in planned:
-            return None
+        planned: list[PlannedBucket] = []
+        for bucket in buckets:
+            if (found := self._plan_bucket(bucket, lr)) is None:
+                return None
+            planned.append(found)
         for push in pushes:
             self._step.check(push, version)
         rows = {row.microbatch: row for push in buckets[0] for row in push.stats}
@@ -384,8 +386,7 @@ class Server:
         record = pack_commit(
             Commit(version + 1, stats, lr, server_ms=times, last_worker=0, generation=self._step.generation), integers
         )
-        known = [bucket for bucket in planned if bucket is not None]
-        return RoundPlan(version + 1, known, record, *self.memory.record_places(version + 1, len(record)))
+        return RoundPlan(version + 1, planned, record, *self.memory.record_places(version + 1, len(record)))
 
     def _plan_bucket(self, pushes: Sequence[Push], lr: float) -> PlannedBucket | None:
         chunks: list[PlannedChunk] = []

@@ -51,6 +51,8 @@ class UsualRounds:
         """Those of the open step that Python has taken."""
         self._buckets: list[Sequence[int]] = []
         """Slices of the step that is foretold, in the order in which they come."""
+        self._peers: list[Peer] = []
+        """Its contributors, in the order in which the exchange has them."""
 
     def say(self, *, stop: bool, leave: bool) -> None:
         """What the next commit says."""
@@ -86,6 +88,7 @@ class UsualRounds:
             self._last = []  # asked once a step
             return False
         self._buckets = [bucket.slices for bucket in plan.buckets]
+        self._peers = [own[0].peer for own in by_peer]
         foretold = [
             [
                 Foretold(c.peer.channel.fileno(), push.worker, c.heard.slot, step, push.node, len(c.heard.integers))
@@ -119,11 +122,11 @@ class UsualRounds:
 
     def _came(self) -> list[tuple[Peer, Heard]]:
         found: list[tuple[Peer, Heard]] = []
-        for index, (contribution, *_) in enumerate(_by_peer(self._last)):
+        for index, peer in enumerate(self._peers):
             for taken in self._exchange.taken(index):
                 heard = decode(taken[HEADER_BYTES:])
                 assert isinstance(heard, Heard)
-                found.append((contribution.peer, heard))
+                found.append((peer, heard))
         return found
 
     @property
@@ -133,8 +136,7 @@ class UsualRounds:
 
     def sent(self) -> dict[int, int]:
         """How much of it was sent, by descriptor of the socket; -1: who is there is gone."""
-        peers = (contribution.peer for contribution, *_ in _by_peer(self._last))
-        return {peer.channel.fileno(): self._exchange.sent(index) for index, peer in enumerate(peers)}
+        return {peer.channel.fileno(): self._exchange.sent(index) for index, peer in enumerate(self._peers)}
 
     def close(self) -> None:
         """End the threads."""
