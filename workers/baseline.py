@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from models.task import Batch, Task
+from models.task import Task
 from paramserver.config import OptimizerConfig
 from workers.compiled import compile_model
 from workers.config import WorkerConfig
 from workers.device import keep_freed_memory, setup_device
 from workers.precision import autocast
-from workers.samples import where_drawn
+from workers.samples import begun, drawn, where_drawn
 from workers.seeding import derive_seed, seeded
 from workers.timing import PHASES
 
@@ -48,11 +48,11 @@ def train_baseline(task: Task, config: WorkerConfig, optimizer: OptimizerConfig)
     sgd = _build_optimizer(model, optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     torch.manual_seed(derive_seed("baseline", config.plan.seed))
-    batches = itertools.chain.from_iterable(itertools.repeat(_loader(task, config)))
+    batches = itertools.chain.from_iterable(map(begun, itertools.repeat(_loader(task, config))))
     clock = _CudaClock() if device.type == "cuda" else _Clock()
     clock.mark()
     for step in range(config.plan.steps):
-        batch: Batch = _drawn(next(batches)).to(device, channels_last=config.channels_last)
+        batch = drawn(batches).to(device, channels_last=config.channels_last)
         clock.mark()
         for group in sgd.param_groups:
             group["lr"] = optimizer.learning_rate(step) * group["lr_factor"]
@@ -78,12 +78,6 @@ def _loader(task: Task, config: WorkerConfig) -> DataLoader[Any]:
         pin_memory=config.device == "cuda",
         **settings,
     )
-
-
-def _drawn(batch: Batch | Exception) -> Batch:
-    if isinstance(batch, Exception):
-        raise batch
-    return batch
 
 
 def _build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ from workers.config import WorkerConfig
 from workers.minibatch import MinibatchPlan
 from workers.seeding import seeded
 
-__all__ = ["MicrobatchLoader", "SeededDataset", "build_loader", "where_drawn"]
+__all__ = ["MicrobatchLoader", "SeededDataset", "begun", "build_loader", "drawn", "where_drawn"]
 
 _PREFETCH = 2
 """Microbatches that each loader process is ahead."""
@@ -96,14 +96,59 @@ def _begin_process(threads: int, parent: int, _number: int) -> None:
 
 
 @contextmanager
-def _sigterm_held_back() -> Iterator[None]:
-    """Processes started in the block do not end by SIGTERM before they have begun, when they leave this group."""
+def _signals_as_they_were() -> Iterator[None]:
+    """Processes started in the block do not end by SIGTERM before they have begun, when they leave this group.
+
+    Nor does this one hear of their ends by a signal: torch's handler raises in the middle of whatever runs, of a push
+    or of an update. Who waits for a batch looks whether its process is alive (every 5 seconds, torch's
+    ``MP_STATUS_CHECK_INTERVAL``), and raises where a batch is asked for.
+    """
     resource_tracker.ensure_running()  # in the block it would let SIGTERM through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _remedy_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise PushPullError(
+            f"{str(error).splitlines()[0]}: it may have run out of memory or been killed; "
+            "--loader-processes 0 draws samples without any"
+        ) from error
+
+
+def begun(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Its batches from the first on; ``drawn`` takes one.
+
+    Raises:
+        PushPullError: if a loader process has ended.
+    """
+    with _signals_as_they_were() if loader.num_workers else nullcontext(), _remedy_named():
+        return iter(loader)
+
+
+def drawn(batches: Iterator[Any]) -> Batch:
+    """The next one.
+
+    Raises:
+        PushPullError: if a loader process has ended.
+        Exception: whatever the data set or its transforms raised.
+    """
+    with _remedy_named():
+        batch = next(batches)
+    if isinstance(batch, Exception):
+        raise batch
+    return cast(Batch, batch)
 
 
 def where_drawn(dataset: Dataset[Sample], task: Task, processes: int) -> tuple[Dataset[Any], dict[str, Any]]:
@@ -175,9 +220,9 @@ class MicrobatchLoader:
     ) -> None:
         self.plan = plan
         self._sampler = _RunSampler(plan)
-        drawn, settings = where_drawn(SeededDataset(dataset, plan.config.seed), task, processes)
+        source, settings = where_drawn(SeededDataset(dataset, plan.config.seed), task, processes)
         self._loader: DataLoader[Any] = DataLoader(
-            drawn,
+            source,
             batch_sampler=self._sampler,
             pin_memory=pin_memory,
             # Of its own: it would draw from the global one, which belongs to the samples.
@@ -191,8 +236,7 @@ class MicrobatchLoader:
         """Whatever comes next is of these microbatches, from this step on, counted from 0."""
         self._sampler.run, self._sampler.first_step = run, first_step
         self._prepared = None
-        with _sigterm_held_back() if self._loader.num_workers else nullcontext():
-            self._batches = iter(self._loader)
+        self._batches = begun(self._loader)
 
     def next(self) -> Batch:
         """The next non-empty microbatch."""
@@ -210,23 +254,9 @@ class MicrobatchLoader:
         if self._prepared is None:
             self._prepared = Future()
             try:
-                drawn = self._drawn()
-                if isinstance(drawn, Exception):
-                    raise drawn
-                self._prepared.set_result(cast(Batch, drawn))
+                self._prepared.set_result(drawn(self._batches))
             except Exception as error:
                 self._prepared.set_exception(error)
-
-    def _drawn(self) -> Any:
-        try:
-            return next(self._batches)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise PushPullError(
-                f"{str(error).splitlines()[0]}: it may have run out of memory or been killed; "
-                "--loader-processes 0 draws samples without any"
-            ) from error
 
     def close(self) -> None:
         """End the loader processes; what an interpreter that exits finds alive it terminates, with a traceback."""

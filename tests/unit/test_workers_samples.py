@@ -108,8 +108,12 @@ def test_a_loader_process_that_is_killed_is_named_with_the_remedy() -> None:
     loader.begin(range(2), 0)
     (process,) = set(active_children()) - before
     process.kill()  # it has begun nothing yet
-    with pytest.raises(PushPullError, match=r"^DataLoader worker .*--loader-processes 0 .*$"):
+    process.join()  # nothing is raised where no batch is asked for
+    named = r"^DataLoader worker .*--loader-processes 0 .*$"
+    with pytest.raises(PushPullError, match=named):
         loader.next()
+    with pytest.raises(PushPullError, match=named):
+        loader.begin(range(2), 0)
 
 
 def test_they_end_with_a_worker_that_is_killed(tmp_path: Path) -> None:
