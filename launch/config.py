@@ -77,7 +77,10 @@ class RunConfig:
     freeze_batch_norm: bool = False
     """Leave batch norm as it is in --weights: neither its statistics nor its scale and shift change."""
     weights: str | None = None
-    """File of weights to start from (safetensors, or torch.save of a state dict); what does not fit is reported."""
+    """File of weights to start from (safetensors, or torch.save of a state dict), or a name of torchvision's, such as
+    ResNet18_Weights.IMAGENET1K_V1; what does not fit is reported."""
+    download: bool = False
+    """Fetch what is not here: --weights by name, cifar10:PATH, voc:PATH (2012). Nothing is downloaded otherwise."""
     clip_grad_norm: float | None = None
     """Largest l2 norm of the whole gradient."""
     on_nan: OnNan = "stop"

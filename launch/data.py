@@ -10,6 +10,7 @@ from torch import Tensor
 
 from launch.config import RunConfig
 from launch.data_config import DataConfig, task_of
+from launch.downloads import download_data
 from launch.resolve import task_options, usage_errors
 from models.errors import DataError
 from models.pictures import contact_sheet, write_image
@@ -115,6 +116,8 @@ def show_data(spec: str, config: DataConfig) -> Path:
 
 
 def _task(spec: str, config: DataConfig, *, augment: str | None) -> Showable:
+    if config.download:
+        download_data(spec)
     shared = ("model", "classes", "split_train", "split_val", "image_size", "recipe", "seed")
     options = task_options(RunConfig(data=spec, augment=augment, **{name: getattr(config, name) for name in shared}))
     task: Task = build_task(read_task(config.task or task_of(spec)), options)

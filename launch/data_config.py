@@ -33,6 +33,8 @@ class DataConfig:
     """As in pushpull train: a sample is varied by seed, epoch and its number alone."""
     epoch: int = 0
     """Of which epoch data show draws the training images."""
+    download: bool = False
+    """As in pushpull train: fetch cifar10:PATH and voc:PATH (2012) if they are not there."""
     images: int = 16
     """Images on the sheet."""
     out: str = "contact-sheet.png"

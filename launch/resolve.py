@@ -12,6 +12,7 @@ import torch
 
 from cluster.session import check_address
 from launch.config import RunConfig, parse_image_size, parse_pairs, parse_steps
+from launch.downloads import name_or_path
 from launch.fault_file import read_faults
 from models.errors import TaskError
 from models.options import Recipe, TaskOptions
@@ -126,7 +127,7 @@ def resolve(config: RunConfig) -> Resolved:
         config,
         task=source.name,
         data=options.data,
-        weights=None if config.weights is None else str(Path(config.weights).expanduser().resolve()),
+        weights=None if config.weights is None else name_or_path(config.weights),
         workers=workers,
         microbatches=microbatches,
         batch_size=batch_size,

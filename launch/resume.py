@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from launch.downloads import locate_weights
 from launch.recorder import checkpoint_meta
 from launch.resolve import Resolved
 from launch.run_folder import AUTO, RunFolder
@@ -44,7 +45,7 @@ def _from_weights(resolved: Resolved) -> tuple[State | None, list[str]]:
         return None, []
     model, _, state = describe(resolved.task, resolved.worker, resolved.optimizer, resolved.servers)
     aliases = getattr(model, "weight_aliases", {})
-    fitted = fit_weights(state.state_dict(), read_weights(Path(file)), aliases)
+    fitted = fit_weights(state.state_dict(), read_weights(locate_weights(file)), aliases)
     if not fitted.values:
         raise ConfigError(f"--weights {file}: no key of it fits the model; {fitted.describe()}")
     return with_weights(state, fitted), [f"weights   {file}: {fitted.describe()}"]

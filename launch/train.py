@@ -15,6 +15,7 @@ import torch
 from cluster.events import Event, Process
 from launch.config import RunConfig, parse_steps
 from launch.console import RunConsole, as_note, start_block
+from launch.downloads import download_data, download_weights
 from launch.drivers import drive
 from launch.environment import environment
 from launch.fault_file import read_faults
@@ -63,11 +64,13 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
     if config.backend == "ddp" and torchrun_rank() is not None and restarts():
         config = replace(config, resume=AUTO)  # a rank has died, and torchrun begins again
     torch.set_num_threads(config.threads)
+    fetched = _download(config) if config.download and not config.dry_run else []
     resolved = resolve(config)
     rank = torchrun_rank() if config.backend == "ddp" else None
     writes = rank is None or rank.rank == 0
     folder = RunFolder.choose(config) if writes else RunFolder(Path(config.out) / (config.name or "unnamed"))
     resume, notices = choose_resume(resolved, folder)
+    notices = fetched + notices
     quiet = quiet or not writes
     if config.dry_run:
         if not quiet:
@@ -92,6 +95,10 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
         return RunResult(folder.path, summary, status["exit_code"])
     finally:
         console.close()
+
+
+def _download(config: RunConfig) -> list[str]:
+    return download_data(config.data) + (download_weights(config.weights) if config.weights else [])
 
 
 def _profiled(run: Resolved, folder: RunFolder) -> Resolved:

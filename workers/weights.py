@@ -52,7 +52,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ConfigError: if the file is missing, broken, or holds no state dict.
     """
     if not path.is_file():
-        raise ConfigError(f"--weights {path}: no such file; nothing is downloaded")
+        raise ConfigError(
+            f"--weights {path}: no such file; torchvision's have names, such as ResNet18_Weights.IMAGENET1K_V1, and "
+            "--download fetches them"
+        )
     try:
         if path.suffix == ".safetensors":
             found: Any = safetensors.torch.load_file(path)

@@ -78,6 +78,9 @@ class ClassifyTask:
             raise TaskError(f"--image-size {self._size[0]}x{self._size[1]}: lenet takes images of {side}x{side} alone")
         self._options = options
         self._spec = parse_data_spec(options.data, ("synthetic", "folder", "cifar10"))
+        own = {"synthetic": SYNTHETIC_LABELS, "cifar10": CIFAR_CLASSES}.get(self._spec.kind, ())
+        if options.classes is not None and len(options.classes) < len(own):
+            raise TaskError(f"--classes: {self._spec.kind} has {len(own)} classes, and each needs a name")
         self._decoded = DecodedImages(options.image_cache << 20)
 
     @cached_property

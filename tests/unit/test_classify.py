@@ -104,6 +104,8 @@ def test_what_is_wrong_is_named(folders: Path, tmp_path: Path) -> None:
         ClassifyTask(TaskOptions(model="lenet6"))
     with pytest.raises(TaskError, match="64x64: lenet takes images of 32x32 alone"):
         ClassifyTask(TaskOptions(image_size=(64, 64)))
+    with pytest.raises(TaskError, match="--classes: synthetic has 4 classes, and each needs a name"):
+        ClassifyTask(TaskOptions(classes=("disc", "square", "triangle")))
 
 
 def test_synthetic_images_have_the_class_of_what_is_largest() -> None:

@@ -37,7 +37,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"), [(None, "no such file; nothing is downloaded"), ([1, 2], "holds no state dict")]
+    ("content", "complaint"), [(None, "no such file; torchvision's have names"), ([1, 2], "holds no state dict")]
 )
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: object, complaint: str) -> None:
     if content is not None:
