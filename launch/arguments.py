@@ -19,7 +19,7 @@ from launch.kill_config import KillConfig
 from launch.sync_config import SyncConfig
 from paramserver.errors import ConfigError
 
-__all__ = ["CHECK", "KILL", "SHOW", "SYNC", "build_parser", "config_first", "one_line"]
+__all__ = ["CHECK", "KILL", "SHOW", "SYNC", "build_parser", "config_first"]
 
 SYNC = "bench-sync"
 KILL = "bench-kill"
@@ -29,25 +29,41 @@ SHOW = "data-show"
 have."""
 
 _YAML = "pushpull-yaml"
+_CONFIGS: dict[str, type] = {
+    "train": RunConfig,
+    "bench": BenchConfig,
+    SYNC: SyncConfig,
+    KILL: KillConfig,
+    CHECK: DataConfig,
+    SHOW: DataConfig,
+}
+"""What the options of each command are made from, where there are many."""
 
 
 class _Parser(jsonargparse.ArgumentParser):  # type: ignore[misc]
     """Raises one line where argparse would print usage and exit."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise ConfigError(one_line(message)) from ex
+        own = [name.lstrip("-").replace("-", "_") for name in self._option_string_actions]
+        raise ConfigError(_one_line(message, own)) from ex
 
 
-def one_line(message: str) -> str:
-    """What a parser says, in one line that names the option and what it should be."""
+def _one_line(message: str, own: Sequence[str] = ()) -> str:
+    """What a parser says, in one line that names the option and what it should be.
+
+    Args:
+        message: the parser's.
+        own: names of its options.
+    """
     if found := re.match(r"unrecognized arguments: (\S+)", message):
-        return f"unknown argument {found[1]}{_did_you_mean(found[1])}"
-    if found := re.search(r"does not accept option '([^']+)'", message):
-        return f"unknown key {found[1]!r} in the configuration file{_did_you_mean(found[1])}"
+        return f"unknown argument {found[1]}{_did_you_mean(found[1], own)}"
+    if found := re.search(r"Subcommand '([^']+)' does not accept option '([^']+)'", message):
+        keys = [field.name for field in dataclasses.fields(_CONFIGS[found[1]])] if found[1] in _CONFIGS else []
+        return f"unknown key {found[2]!r} in the configuration file{_did_you_mean(found[2], keys)}"
     key = re.search(r'Parser key "([\w.]+)"', message)
     if not key:
         # A subcommand's positional argument has the command's name before its own.
-        return re.sub(r"(arguments are required: )\w+\.", r"\1", " ".join(message.split()))
+        return re.sub(r"(arguments are required: )[\w-]+\.", r"\1", " ".join(message.split()))
     option = f"--{key[1].rpartition('.')[2].replace('_', '-')}"
     given = re.search(r"(?:Given value|Got value): (.*)", message)
     wanted = [
@@ -64,17 +80,12 @@ def _in_words(types: str) -> str:
     return re.sub(r"Literal\[(.*?)\]", lambda found: "one of " + found[1].replace("'", ""), types)
 
 
-def _did_you_mean(word: str) -> str:
-    """An option or key that looks like ``word``, written as ``word`` is."""
-    names = {
-        field.name
-        for config in (RunConfig, BenchConfig, SyncConfig, KillConfig, DataConfig)
-        for field in dataclasses.fields(config)
-    }
+def _did_you_mean(word: str, own: Sequence[str]) -> str:
+    """An option or key among ``own`` that looks like ``word``, written as ``word`` is."""
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
-    if name in names:
+    if any(name == field.name for config in _CONFIGS.values() for field in dataclasses.fields(config)):
         return ": another command has it, this one does not"
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name, own, n=1)
     if not close:
         return ": --help behind the command lists what there is"
     return f": did you mean {'--' + close[0].replace('_', '-') if word.startswith('-') else close[0]}?"
@@ -130,6 +141,8 @@ def config_first(arguments: Sequence[str]) -> list[str]:
     for command in (SYNC, KILL, CHECK, SHOW):
         if rest[:2] == command.split("-"):
             rest[:2] = [command]
+    if rest[:1] == ["data"]:
+        raise ConfigError("say pushpull data check SPEC or pushpull data show SPEC; --help behind it lists its options")
     if rest[:1] == ["predict"]:
         rest[1:] = _options_first(rest[1:])
     return rest[:1] + files + rest[1:]
@@ -163,7 +176,7 @@ def _version() -> str:
 def _train_parser() -> _Parser:
     parser = _new_parser("pushpull train", "Train a task.")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    about = "ssd, fcn, or path/to/file.py:ClassName"
+    about = "ssd, fcn, rcnn, classify, or path/to/file.py:ClassName"
     parser.add_argument("task", nargs="?", type=str, default=argparse.SUPPRESS, help=about)
     _add_fields(parser, RunConfig)
     return parser

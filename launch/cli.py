@@ -2,15 +2,17 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 __all__ = ["main"]
 
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 _ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("workers", "paramserver", "models", "cluster")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     foreign = _foreign_package()
     if foreign is not None:
         return _complain(foreign, _USAGE)
+    _say_warnings_once()
     from launch.arguments import CHECK, KILL, SHOW, SYNC, build_parser, config_first
     from models.errors import TaskError
     from paramserver.errors import ConfigError, PushPullError
@@ -55,12 +58,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _foreign_package() -> str | None:
     """What is wrong with a package that is not ours; finding it does not import it, as ``workers.install`` would."""
-    for name in ("workers", "paramserver", "models", "cluster"):
+    for name in _PACKAGES:
         spec = find_spec(name)
         place = spec and (next(iter(spec.submodule_search_locations or ()), None) or spec.origin)
         if not place or Path(place).resolve() != _ROOT / name:
             return f"package {name!r} is found at {place}, not at {_ROOT / name}: take that folder off PYTHONPATH"
     return None
+
+
+def _say_warnings_once() -> None:
+    """Our own warnings are a line each; Python would show where in the source they come from, again and again."""
+    shown, said = warnings.showwarning, set[str]()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        place = Path(filename).resolve()
+        ours = place.is_relative_to(_ROOT) and place.relative_to(_ROOT).parts[0] in _PACKAGES
+        if not ours or category is not UserWarning:
+            shown(message, category, filename, lineno, file, line)
+        elif str(message) not in said:
+            said.add(str(message))
+            print(f"pushpull: {message}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = show
 
 
 def _complain(error: object, code: int) -> int:
@@ -161,6 +187,7 @@ def _evaluate(options: Any) -> int:
 
 
 def _predict(options: Any) -> int:
+    _check_number(options.number, 1)
     _heavy()
     from launch.predict import predict_images, predict_validation
 
@@ -173,7 +200,15 @@ def _predict(options: Any) -> int:
     return 0
 
 
+def _check_number(number: int, least: int) -> None:
+    from paramserver.errors import ConfigError
+
+    if number < least:
+        raise ConfigError(f"--number is {number}: it must be {least} or more")
+
+
 def _report(options: Any) -> int:
+    _check_number(options.number, 0)
     _heavy()
     from launch.run_report import write_run_report
 

@@ -19,7 +19,7 @@ class RunConfig:
     """One training run. What is None is filled in from the task's recipe or from the machine, and then written down."""
 
     task: str = ""
-    """ssd, fcn, classify, or path/to/file.py:ClassName."""
+    """ssd, fcn, rcnn, classify, or path/to/file.py:ClassName."""
     backend: Backend = "ps"
     """single (one process), ps (parameter server on Ray), ddp (torchrun)."""
     workers: int | None = None

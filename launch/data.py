@@ -22,6 +22,7 @@ from workers.samples import SeededDataset
 __all__ = ["Checked", "check_data", "show_data"]
 
 _EXAMPLES = 3
+_UNSEEN = 8
 
 
 @dataclass
@@ -33,10 +34,12 @@ class Checked:
     """That could be read."""
     counts: Counter[str] = field(default_factory=Counter)
     """Objects, pixels or images of each class."""
+    classes: tuple[str, ...] = ()
+    """Names of those that there are, where the task tells."""
     wrong: dict[str, list[str]] = field(default_factory=dict)
     """What is wrong, by kind."""
     pictures: list[Tensor] = field(default_factory=list)
-    """The first few."""
+    """Of images from all over it."""
 
     def note(self, error: DataError) -> None:
         """Something is wrong."""
@@ -46,6 +49,10 @@ class Checked:
         """The report, a few lines."""
         counts = ", ".join(f"{name} {count}" for name, count in self.counts.most_common()) or "nothing labelled"
         yield f"{self.split}: {self.images} images; {counts}"
+        unseen = [name for name in self.classes if not self.counts[name]]
+        if self.images and unseen:
+            more = f" and {len(unseen) - _UNSEEN} more" if len(unseen) > _UNSEEN else ""
+            yield f"  nothing of {', '.join(unseen[:_UNSEEN])}{more}"
         for kind, messages in self.wrong.items():
             yield f"  {len(messages)} x {kind}"
             yield from (f"    {message}" for message in messages[:_EXAMPLES])
@@ -54,7 +61,7 @@ class Checked:
 
 
 def check_data(spec: str, config: DataConfig) -> list[Checked]:
-    """Read every image and annotation of both splits once, and draw the first images with what is known of them.
+    """Read every image and annotation of both splits once, and draw some with what is known of them.
 
     Args:
         spec: as ``--data``.
@@ -80,7 +87,8 @@ def _check(task: Showable, split: Split, images: int) -> Checked:
     except DataError as error:  # of the whole split
         checked.note(error)
         return checked
-    for index in range(len(dataset)):  # type: ignore[arg-type]
+    length = len(dataset)  # type: ignore[arg-type]
+    for index in range(length):
         try:
             sample: Sample = dataset[index]
         except DataError as error:
@@ -88,13 +96,14 @@ def _check(task: Showable, split: Split, images: int) -> Checked:
             continue
         checked.images += 1
         checked.counts.update(task.count(sample))
-        if len(checked.pictures) < images:
+        if index * images >= len(checked.pictures) * length:  # from all over the data set: it may be sorted by class
             checked.pictures.append(task.show(sample))
+    checked.classes = tuple(getattr(task, "classes", ()))
     return checked
 
 
 def show_data(spec: str, config: DataConfig) -> Path:
-    """Draw training images as the model gets them, varied as ``config.augment`` says.
+    """Draw training images as the model gets them, varied as ``config.augment`` says, from all over the data set.
 
     Args:
         spec: as ``--data``.
@@ -109,10 +118,10 @@ def show_data(spec: str, config: DataConfig) -> Path:
     with usage_errors():
         task = _task(spec, config, augment=config.augment)
         dataset = task.build_dataset("train")
-        drawn = SeededDataset(dataset, config.seed)
-        count = min(config.images, len(dataset))  # type: ignore[arg-type]
-        pictures = [task.show(drawn[config.epoch, index]) for index in range(count)]
-    return _write(pictures, config.out)
+    drawn, length = SeededDataset(dataset, config.seed), len(dataset)  # type: ignore[arg-type]
+    count = min(config.images, length)
+    chosen = [number * length // count for number in range(count)]  # from all over: it may be sorted by class
+    return _write([task.show(drawn[config.epoch, index]) for index in chosen], config.out)
 
 
 def _task(spec: str, config: DataConfig, *, augment: str | None) -> Showable:

@@ -14,7 +14,7 @@ class DataConfig:
     """Which data, and how it is looked at."""
 
     task: str | None = None
-    """ssd, fcn, classify, or path/to/file.py:ClassName; default: the task that such data is for, ssd for voc."""
+    """ssd, fcn, rcnn, classify, or path/to/file.py:ClassName; default: the task that such data is for, ssd for voc."""
     model: str | None = None
     """As in pushpull train: it may say how images are scaled and varied."""
     classes: str | None = None
@@ -41,6 +41,8 @@ class DataConfig:
     """Picture that is written."""
 
     def __post_init__(self) -> None:
+        if not self.out.lower().endswith(".png"):
+            raise ConfigError(f"--out {self.out}: a PNG is written, so its name must end in .png")
         for name, least in (("images", 1), ("epoch", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be {least} or more")

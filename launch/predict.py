@@ -64,8 +64,9 @@ def predict_validation(run: str, number: int, *, out: str | None, threads: int |
     _drawable(trained)
     if not isinstance(trained.task, Showable):
         raise ConfigError(f"task {trained.task.name} shows no samples of its own: name image files")
+    compared = compare_with_truth(trained, number)
     folder, written = _folder(trained, out), []
-    for sample, known, predicted in compare_with_truth(trained, number):
+    for sample, known, predicted in compared:
         written.append(folder / f"val-{sample.id:05d}.png")
         with _writing_to(folder):
             write_image(beside(known, predicted), written[-1])
@@ -73,15 +74,21 @@ def predict_validation(run: str, number: int, *, out: str | None, threads: int |
 
 
 def compare_with_truth(trained: Trained, number: int) -> Iterator[tuple[Sample, Tensor, Tensor]]:
-    """The first validation samples, each with two pictures: what is known drawn in, and what is predicted."""
+    """The first validation samples, each with two pictures: what is known drawn in, and what is predicted.
+
+    Raises:
+        models.errors.DataError: now, if there is no such split.
+    """
     task = trained.task
     assert isinstance(task, Showable)
     assert isinstance(task, Drawable)
     dataset = task.build_dataset("val")
-    for index in range(min(number, len(dataset))):  # type: ignore[arg-type]
-        sample: Sample = dataset[index]
+
+    def compared(sample: Sample) -> tuple[Sample, Tensor, Tensor]:
         outputs = _predict(trained, trained.task.collate([sample]))
-        yield sample, task.show(sample), task.draw(task.restore(sample.image), outputs, 0)
+        return sample, task.show(sample), task.draw(task.restore(sample.image), outputs, 0)
+
+    return (compared(dataset[index]) for index in range(min(number, len(dataset))))  # type: ignore[arg-type]
 
 
 def _drawable(trained: Trained) -> Drawable:

@@ -65,6 +65,8 @@ def task_options(config: RunConfig) -> TaskOptions:
     kind, colon, path = config.data.partition(":")
     data = f"{kind}:{Path(path).expanduser().resolve()}" if path else kind + colon
     classes = tuple(name.strip() for name in config.classes.split(",")) if config.classes else None
+    if classes is not None and len(set(classes)) < len(classes):
+        raise ConfigError(f"--classes {config.classes}: each name may stand there once")
     return TaskOptions(
         data=data,
         model=config.model,

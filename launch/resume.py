@@ -47,7 +47,10 @@ def _from_weights(resolved: Resolved) -> tuple[State | None, list[str]]:
     aliases = getattr(model, "weight_aliases", {})
     fitted = fit_weights(state.state_dict(), read_weights(locate_weights(file)), aliases)
     if not fitted.values:
-        raise ConfigError(f"--weights {file}: no key of it fits the model; {fitted.describe()}")
+        theirs, ours = (", ".join(names[:3]) for names in (fitted.unused + fitted.reshaped, fitted.missing))
+        raise ConfigError(
+            f"--weights {file}: none of its keys ({theirs}, …) fits the model's ({ours}, …): is it another network's?"
+        )
     return with_weights(state, fitted), [f"weights   {file}: {fitted.describe()}"]
 
 

@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from launch.predict import compare_with_truth
 from launch.report import data_uri, page
 from launch.run_folder import RunFolder, read_json
-from launch.trained import open_trained
+from launch.trained import Trained, open_trained
+from models.errors import DataError
 from models.pictures import beside, contact_sheet, encode_image
 from models.task import Drawable, Showable
 from paramserver.errors import ConfigError
+from workers.checkpoint import list_checkpoints
 
 __all__ = ["plot_curves", "write_run_report"]
 
@@ -26,6 +28,8 @@ _SIDE = 480
 _COLUMNS = 2
 _SUMMARY = (
     "task",
+    "model",
+    "data",
     "backend",
     "workers",
     "servers",
@@ -52,25 +56,25 @@ def write_run_report(run: str, *, number: int, threads: int | None) -> Path:
         ConfigError: if it is no run folder, or it cannot be written.
         CheckpointError: if nothing was trained, or a file is broken.
     """
-    trained = open_trained(run, threads=threads)
-    folder = trained.folder.path
+    run_folder = RunFolder.of_checkpoint(Path(run))
+    folder, config = run_folder.path, run_folder.read_config()
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
     losses = [(row["step"], row["loss"]) for row in _rows(folder / "metrics.jsonl")]
     evaluations = list(_rows(folder / "evaluations.jsonl"))
-    pictures = ""
-    if number and isinstance(trained.task, Showable) and isinstance(trained.task, Drawable):
-        pairs = [beside(known, predicted) for _, known, predicted in compare_with_truth(trained, number)]
-        pictures = data_uri(encode_image(contact_sheet(pairs, columns=_COLUMNS, side=_SIDE)))
+    pictures, step = "", 0
+    if list_checkpoints(run_folder.checkpoints) or not losses:  # else it was cut off, and has curves
+        trained = open_trained(run, threads=threads)
+        pictures, step = _predictions(trained, number, needed=config.evaluate), trained.step
     text = page(
         "run_report.html",
         name=folder.name,
-        simulated=trained.worker.device == "cpu",
-        summary=_about(summary),
+        simulated=summary.get("simulated", config.device != "cuda"),
+        summary=_about({"data": config.data, "model": config.model or "default", **summary}),
         curves=data_uri(_to_png(plot_curves(losses, evaluations))),
         evaluations=_table(evaluations),
         pictures=pictures,
-        step=trained.step,
-        settings=_settings(trained.folder),
+        step=step,
+        settings=_settings(run_folder),
     )
     path, temporary = folder / "report.html", folder / f".report.html.{os.getpid()}"
     try:
@@ -79,6 +83,20 @@ def write_run_report(run: str, *, number: int, threads: int | None) -> Path:
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): make its folder writable") from error
     return path
+
+
+def _predictions(trained: Trained, number: int, *, needed: bool) -> str:
+    """A picture of the first ones; none, if the task draws none, or nothing is there and it is not ``needed``."""
+    if not number or not isinstance(trained.task, Showable) or not isinstance(trained.task, Drawable):
+        return ""
+    try:
+        compared = compare_with_truth(trained, number)
+    except DataError:
+        if needed:
+            raise
+        return ""
+    pairs = [beside(known, predicted) for _, known, predicted in compared]
+    return data_uri(encode_image(contact_sheet(pairs, columns=_COLUMNS, side=_SIDE)))
 
 
 def plot_curves(losses: Sequence[tuple[int, float]], evaluations: Sequence[Mapping[str, float]]) -> Figure:

@@ -34,6 +34,7 @@ _COLOURS: tuple[Colour, ...] = (
 _FONT = Path("mpl-data", "fonts", "ttf", "DejaVuSans.ttf")
 _MIN_TEXT, _TEXT = 11, 0.03  # height of letters: pixels at least, and part of the picture's shorter side
 _LINE = 1 / 200
+_SMALL, _ENLARGED = 48, 4  # CIFAR-10's 32 pixels have no room for a name
 _TINT = 0.6  # part of a mask's colour in what it covers
 _DARK, _LIGHT = (0, 0, 0), (255, 255, 255)
 
@@ -82,7 +83,9 @@ def draw_boxes(image: Tensor, boxes_G4: Tensor, texts: Sequence[str], colours: S
 
 
 def draw_text(image: Tensor, text: str, colour: Colour) -> Tensor:
-    """A copy of the (3, H, W) uint8 ``image`` with a text in its upper left corner."""
+    """A copy of the (3, H, W) uint8 ``image`` with a text in its upper left corner; a very small one is enlarged."""
+    if min(image.shape[-2:]) < _SMALL:
+        image = image.repeat_interleave(_ENLARGED, dim=1).repeat_interleave(_ENLARGED, dim=2)
     canvas = _to_pil(image)
     _put(ImageDraw.Draw(canvas), load_font(_text_size(image)), text, (0, 0), colour)
     return _to_tensor(canvas)

@@ -124,7 +124,11 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = list_checkpoints(path / "checkpoints")
     if not found:
-        raise CheckpointError(f"{path}: no checkpoint there; name a run folder or a folder checkpoints/step_N")
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such folder; name a run folder or a folder checkpoints/step_N in it")
+        raise CheckpointError(
+            f"{path}: no checkpoint there; a run saves one at its end and every --checkpoint-every steps"
+        )
     return found[0]
 
 

@@ -1,5 +1,7 @@
 """Weights from a file, to start from: read without unpickling, and put wherever they fit."""
 
+import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +53,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: if the file is missing, broken, or holds no state dict.
     """
+    if path.is_dir():
+        raise ConfigError(f"--weights {path} is a folder: name a file, such as checkpoints/step_N/model.safetensors")
     if not path.is_file():
         raise ConfigError(
             f"--weights {path}: no such file; torchvision's have names, such as ResNet18_Weights.IMAGENET1K_V1, and "
@@ -60,18 +64,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             found: Any = safetensors.torch.load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a foreign or torn file makes a parser raise
-        first = str(error).splitlines()[0] if str(error) else ""
+            with warnings.catch_warnings(action="ignore"):  # torch's, of old and foreign formats
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
         raise ConfigError(
-            f"--weights {path} cannot be read ({type(error).__name__}: {first}): it must be a state dict in a "
-            "safetensors file or one of torch.save"
+            f"--weights {path} holds more than tensors, and is not unpickled: save model.state_dict()"
+        ) from error
+    except Exception as error:  # whatever a foreign or torn file makes a parser raise
+        said = ": ".join(part for part in (type(error).__name__, *str(error).splitlines()[:1]) if part)
+        raise ConfigError(
+            f"--weights {path} cannot be read ({said}): it must be a state dict in a safetensors file or one of "
+            "torch.save"
         ) from error
     for name in _WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ConfigError(f"--weights {path} holds no state dict: save model.state_dict()")
+    for key, value in found.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise ConfigError(f"--weights {path}: {key} holds what is not finite: whatever trained it had diverged")
     # What DataParallel and torch.compile write in front.
     return {str(key).removeprefix("module.").removeprefix("_orig_mod."): value for key, value in found.items()}
 

@@ -68,7 +68,8 @@ class BananaDetection(Dataset[Sample]):
         corners: dict[Path, list[tuple[float, ...]]] = {}
         labels: dict[Path, list[int]] = {}
         sizes: dict[Path, tuple[int, int]] = {}
-        for row in _read_rows(folder / "label.csv", on_error):
+        listed: set[str] = set()
+        for row in _read_rows(folder / "label.csv", on_error, listed):
             with reported(on_error):
                 path = folder / "images" / row.image
                 if path not in sizes:
@@ -77,7 +78,7 @@ class BananaDetection(Dataset[Sample]):
                 _check(row, sizes[path], classes)
                 corners[path].append(row.corners)
                 labels[path].append(row.label)
-        if not sizes:
+        if not listed:
             raise DataError(f"{folder / 'label.csv'} lists no image: add a line for each box")
         self.paths = list(sizes)
         # Arrays: a loader process would get each tensor as a shared file of its own.
@@ -87,8 +88,8 @@ class BananaDetection(Dataset[Sample]):
         ]
         self._labels: list[NDArray[np.int64]] = [np.array(labels[path], dtype=np.int64) for path in self.paths]
         if on_error is not raise_error:  # training needs nothing that nobody has labelled
-            for path in sorted((folder / "images").iterdir()):
-                if path.suffix.lower() in _SUFFIXES and path not in sizes:
+            for path in sorted((folder / "images").glob("*")):
+                if path.suffix.lower() in _SUFFIXES and path.name not in listed:
                     on_error(DataError(f"{path} has no line in {folder / 'label.csv'}", "missing annotation"))
 
     def __len__(self) -> int:
@@ -107,11 +108,15 @@ def banana_classes(root: Path, on_error: OnError = raise_error) -> tuple[str, ..
     """
     files = [root / folder / "label.csv" for folder in _FOLDERS.values()]
     found = [path for path in files if path.is_file()] or files[:1]
-    highest = max((row.label for path in found for row in _read_rows(path, on_error)), default=0)
+    highest = 0
+    for path in found:
+        with reported(on_error):  # of the other split something may be known
+            highest = max([highest, *(row.label for row in _read_rows(path, on_error))])
     return tuple(f"class{label}" for label in range(highest + 1))
 
 
-def _read_rows(path: Path, on_error: OnError) -> Iterator[_Row]:
+def _read_rows(path: Path, on_error: OnError, listed: set[str] | None = None) -> Iterator[_Row]:
+    """Those that are right; ``listed`` gets the names of all images."""
     if not path.is_file():
         raise DataError(f"missing {path}: the folder of a banana data set holds {' and '.join(_FOLDERS.values())}")
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -122,6 +127,8 @@ def _read_rows(path: Path, on_error: OnError) -> Iterator[_Row]:
                 f"{path} lacks the column {', '.join(missing)}: its first line must be {','.join(_COLUMNS)}"
             )
         for fields in reader:
+            if listed is not None:
+                listed.add(fields["img_name"])
             try:
                 row = _row(fields, f"{path}, line {reader.line_num}")
             except DataError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from models.errors import DataError
@@ -75,10 +75,24 @@ def _decode(path: Path, mode: str | None) -> "np.ndarray[tuple[int, ...], np.dty
                     f"{path} has mode {image.mode}: a mask must be a palette or greyscale image of indices",
                     "wrong annotation",
                 )
-            return np.array(image if mode is None else image.convert(mode), dtype=np.uint8)
+            return np.array(image if mode is None else _in_8_bits(image, path).convert(mode), dtype=np.uint8)
     except FileNotFoundError as error:
         raise DataError(f"missing image: {path}", "missing file") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder: name image files", "missing file") from error
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for truncated and foreign files
         if isinstance(error, DataError):
             raise
-        raise DataError(f"broken image: {path}: {error}", "broken file") from error
+        said = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(
+            f"broken image: {path}: {said}; replace it, or take it out of the data set", "broken file"
+        ) from error
+
+
+def _in_8_bits(image: Image.Image, path: Path) -> Image.Image:
+    """As it is, or the upper half of 16 bits: Pillow would make all above 255 white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"{path} has mode {image.mode}: 8 or 16 bits a channel can be read", "broken file")
+    return image

@@ -37,7 +37,8 @@ class LabelTable(NamedTuple):
 def read_label_table(root: Path) -> LabelTable:
     """Read ``classes.csv``: columns ``name`` and ``id``, or ``name``, ``r``, ``g`` and ``b``.
 
-    Rows are labels 0, 1, … in their order; one named void, ignore or unlabelled is what nobody labelled.
+    Names are labels 0, 1, … in their order, and several rows of one name are one class; what is named void, ignore or
+    unlabelled is what nobody labelled.
 
     Raises:
         DataError: if the file is missing or wrong; it names the line.
@@ -57,18 +58,21 @@ def read_label_table(root: Path) -> LabelTable:
         for row in reader:
             name = (row["name"] or "").strip()
             void = name.lower() in _VOID_NAMES
-            label = VOID if void else len(names)
+            if not void and name not in names:
+                names.append(name)
+            label = VOID if void else names.index(name)
+            before = len(ids) + len(colours)
             try:
                 if "id" in fields:
-                    ids[int(row["id"])] = label
+                    ids.setdefault(int(row["id"]), label)
                 else:
-                    colours[int(row["r"]), int(row["g"]), int(row["b"])] = label
+                    colours.setdefault((int(row["r"]), int(row["g"]), int(row["b"])), label)
             except (TypeError, ValueError) as error:
                 raise DataError(
                     f"{path}, line {reader.line_num}: what is not the name must be numbers: {error}"
                 ) from error
-            if not void:
-                names.append(name)
+            if len(ids) + len(colours) == before:
+                raise DataError(f"{path}, line {reader.line_num}: another line has the same id or colour")
     if not 1 < len(names) < VOID:
         raise DataError(f"{path} names {len(names)} classes: 2 to {VOID - 1} can be told apart")
     return LabelTable(tuple(names), ids, colours)

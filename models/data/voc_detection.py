@@ -126,7 +126,9 @@ def _read_list(folder: Path, split: str) -> list[str]:
     path = folder / "ImageSets" / "Main" / f"{split}.txt"
     if not path.is_file():
         others = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
-        raise DataError(f"missing {path}: splits there: {others}")
+        masks = (folder / "ImageSets" / "Segmentation" / f"{split}.txt").is_file()
+        remedy = "it has masks: say --task fcn" if masks else "choose with --split-train and --split-val"
+        raise DataError(f"missing {path} (lists that exist: {others}): {remedy}")
     stems = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not stems:
         raise DataError(f"{path} lists no image: add a name a line")

@@ -64,6 +64,7 @@ class FCNTask:
         own_classes = SYNTHETIC_CLASSES if self._spec.kind == "synthetic" else VOC_CLASSES
         self.class_names = self._table.names if self._table else ("background", *(options.classes or own_classes))
         """Names by label."""
+        self.classes = self.class_names[1:] if self._has_background() else self.class_names
         if self._table and options.classes is not None:
             raise TaskError("--classes: masks:PATH has its classes in classes.csv")
         if self._spec.kind == "synthetic" and len(self.class_names) <= len(SYNTHETIC_CLASSES):
@@ -135,11 +136,14 @@ class FCNTask:
 
     def _shift(self, labels_HW: Tensor) -> Tensor:
         """Labels in which 0 is what is not tinted."""
-        return labels_HW if self.class_names[0] == "background" else labels_HW.long() + 1
+        return labels_HW if self._has_background() else labels_HW.long() + 1
 
     def _palette(self) -> list[tuple[int, int, int]]:
         palette = voc_palette(VOID + 1)
-        return palette if self.class_names[0] == "background" else [palette[0], *palette]
+        return palette if self._has_background() else [*palette, palette[VOID]]
+
+    def _has_background(self) -> bool:
+        return self.class_names[0].strip("_ ").lower() in ("background", "bg")
 
     def restore(self, image: Tensor) -> Tensor:
         """The (3, h, w) uint8 picture of what the model gets."""

@@ -72,7 +72,7 @@ OPTIONS = {
     "--freeze *": "every parameter is frozen: nothing is left to train",
     "--data voc:/no/such/folder": "--data voc:/no/such/folder: no such folder",
     "--data cvat:/": "--data 'cvat:/' is not understood here: use one of synthetic, banana:PATH, voc:PATH, coco:PATH",
-    "--resume /no/such/run": "/no/such/run: no checkpoint there; name a run folder or a folder checkpoints/step_N",
+    "--resume /no/such/run": "/no/such/run: no such folder; name a run folder or a folder checkpoints/step_N in it",
 }
 
 

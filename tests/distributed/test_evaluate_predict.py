@@ -16,6 +16,7 @@ from PIL import Image
 from launch.cli import main
 from launch.evaluate import evaluate_run
 from launch.predict import predict_images
+from launch.run_report import write_run_report
 from launch.trained import open_trained
 from models.errors import DataError
 from models.options import TaskOptions
@@ -205,3 +206,20 @@ def test_a_report_is_one_page(task: str, out: Path, capsys: pytest.CaptureFixtur
     assert 'src="http' not in page
     assert page.count("data:image/png;base64,") == (2 if task == "ssd" else 1), "curves, and predictions where it draws"
     assert not [file for file in path.parent.iterdir() if file.name.startswith(".")]
+
+
+def test_a_run_that_was_cut_off_has_a_report_of_its_curves(out: Path, tmp_path: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(out / "ssd" / name, tmp_path)
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 1
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint there; a run saves one at its end"):
+        write_run_report(str(tmp_path), number=1, threads=None)
+
+
+@pytest.mark.parametrize(("command", "number"), [("predict", "0"), ("predict", "-3"), ("report", "-1")])
+def test_there_is_no_such_number_of_pictures(command: str, number: str, out: Path, tmp_path: Path) -> None:
+    drawn = ["--out", str(tmp_path / "drawn")] if command == "predict" else []
+    assert main([command, str(out / "ssd"), "--number", number, *drawn]) == 2
+    assert not (tmp_path / "drawn").exists()

@@ -53,6 +53,14 @@ def test_images_come_as_rgb_bytes(tmp_path: Path) -> None:
     assert torch.equal(image[2], torch.from_numpy(grey))
 
 
+def test_16_bits_come_as_their_upper_half(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 255, 256, 40_000, 65_535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png")[0].tolist() == [[0, 0, 1, 156, 255]]
+    Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(DataError, match=r"float\.tiff has mode F: 8 or 16 bits"):
+        read_image(tmp_path / "float.tiff")
+
+
 def test_a_palette_mask_comes_as_indices(tmp_path: Path) -> None:
     mask = Image.fromarray(np.array([[0, 7, 255]], dtype=np.uint8))
     mask.putpalette(list(range(255, -1, -1)) * 3)

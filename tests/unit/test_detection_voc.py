@@ -86,7 +86,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match="is not a VOC data set"):
         _read(tmp_path)
     _write(tmp_path, "a")
-    with pytest.raises(DataError, match=r"missing .*trial.txt: splits there: train"):
+    with pytest.raises(DataError, match=r"missing .*trial.txt .lists that exist: train.: choose with --split-train"):
         _read(tmp_path, "trial")
     (tmp_path / "Annotations" / "a.xml").unlink()
     with pytest.raises(DataError, match=r"missing .*a.xml"):

@@ -93,6 +93,17 @@ def test_from_data_to_loss_and_metric() -> None:
     assert 0 <= metric.compute()["mean_iou"] <= 1
 
 
+@pytest.mark.parametrize("name", ["bg", "_background_", "Background", "road"])
+def test_a_first_class_that_is_no_background_is_tinted(name: str, tmp_path: Path) -> None:
+    (tmp_path / "classes.csv").write_text(f"name,id\n{name},0\ncar,1\n")
+    task = FCNTask(TaskOptions(data=f"masks:{tmp_path}"))
+    image = torch.full((3, 40, 40), 200, dtype=torch.uint8)
+    drawn = task.draw(image, torch.zeros(1, 40, 40, dtype=torch.uint8), 0)
+    assert task.classes == (("car",) if name != "road" else ("road", "car"))
+    assert torch.equal(drawn, image) == (name != "road")
+    assert len(drawn[:, 0, 0].unique()) == (1 if name != "road" else 2), "no black"
+
+
 @pytest.mark.parametrize("size", [(50, 41), (20, 40)])
 def test_a_picture_of_any_size_is_prepared_and_drawn(size: tuple[int, int]) -> None:
     task = FCNTask(SMALL)

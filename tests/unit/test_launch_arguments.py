@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from launch.arguments import build_parser, config_first
 from launch.cli import main
 from launch.config import RunConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN_OPTIONS = (
     "--backend --workers --servers --microbatches --batch-size --steps --epochs --seed --data --out --name --threads "
     "--resume --overwrite --model --lr --momentum --weight-decay --optimizer --precision --channels-last --image-size "
@@ -47,10 +49,21 @@ def test_train_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(TRAIN_OPTIONS.split()) <= words
 
 
+def test_a_warning_of_ours_is_a_line_that_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True, action="always") as shown:
+        assert main(["tasks"]) == 0
+        for _ in range(2):
+            warnings.warn_explicit("left out 1 box", UserWarning, str(ROOT / "models" / "task.py"), 1)
+        warnings.warn_explicit("theirs", UserWarning, "elsewhere.py", 1)
+    assert [str(warning.message) for warning in shown] == ["theirs"]
+    assert capsys.readouterr().err == "pushpull: left out 1 box\n"
+
+
 def test_option_has_the_field_s_docstring_as_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    assert "ssd, fcn, or path/to/file.py:ClassName" in (text := " ".join(capsys.readouterr().out.split()))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "ssd, fcn, rcnn, classify, or path/to/file.py:ClassName" in text
     assert "Parameter servers (ps)." in text
 
 

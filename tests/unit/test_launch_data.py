@@ -211,6 +211,34 @@ def test_one_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert "val: 0 images; nothing labelled\n  1 x wrong layout\n" in printed
 
 
+def test_what_is_wrong_with_a_row_says_nothing_of_others(tmp_path: Path) -> None:
+    columns = "img_name,label,xmin,ymin,xmax,ymax"
+    _text(tmp_path / "bananas_train" / "label.csv", f"{columns}\na.png,zero,0,0,9,9")
+    _image(tmp_path / "bananas_train" / "images" / "a.png")
+    _text(tmp_path / "bananas_val" / "label.csv", f"{columns}\nb.png,1,0,0,9,9")
+    train, val = check_data(f"banana:{tmp_path}", DataConfig(out=str(tmp_path / "sheet.png")))
+    assert {kind: len(found) for kind, found in train.wrong.items()} == {"wrong annotation": 1}
+    assert list(val.wrong) == ["missing file"]
+    _text(tmp_path / "bananas_train" / "label.csv", "name\n")
+    _image(tmp_path / "bananas_val" / "images" / "b.png")
+    train, val = check_data(f"banana:{tmp_path}", DataConfig(out=str(tmp_path / "sheet.png")))
+    assert list(train.wrong) == ["wrong layout"]
+    assert (val.images, val.wrong) == (1, {})
+    assert "  nothing of class0" in val.lines()
+
+
+def test_a_sheet_is_of_all_classes(tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "dog", "owl")):
+        for index in range(4):
+            _image(tmp_path / "train" / name / f"{index}.png", (80 * number, 0, 0))
+        _image(tmp_path / "val" / name / "0.png", (80 * number, 0, 0))
+    config = DataConfig(images=3, image_size="32", out=str(tmp_path / "sheet.png"))
+    train, _ = check_data(f"folder:{tmp_path}", config)
+    assert [int(picture[0, -1, -1]) for picture in train.pictures] == [0, 80, 160]
+    sheet = read_image(show_data(f"folder:{tmp_path}", config))
+    assert {0, 80, 160} <= set(sheet[0].flatten().tolist())
+
+
 def test_many_alike_are_shortened() -> None:
     checked = Checked("train")
     for number in range(5):
@@ -226,7 +254,10 @@ def test_many_alike_are_shortened() -> None:
         (["data", "show", "synthetic", "--task", "ssd", "--augment", "wild"], "task ssd has no --augment 'wild'"),
         (["data", "show", "synthetic", "--task", "ssd", "--images", "0"], "--images is 0: it must be 1 or more"),
         (["data", "show", "synthetic", "--task", "ssd", "--out", "/nowhere/a.png"], "cannot be written"),
-        (["data", "draw"], "data"),
+        (["data", "show", "synthetic", "--task", "ssd", "--out", "photo.jpg"], "must end in .png"),
+        (["data", "check", "synthetic", "--task", "ssd", "--classes", "a,b,a"], "each name may stand there once"),
+        (["data", "draw"], "say pushpull data check SPEC"),
+        (["data", "check"], "arguments are required: spec"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,13 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     (root / "classes.csv").write_text("name,id\nroad,x\n")
     with pytest.raises(DataError, match=r"classes\.csv, line 2: what is not the name must be numbers"):
         read_label_table(root)
+    (root / "classes.csv").write_text("name,id\nroad,7\ncar,8\nroad,9\n")
+    merged = read_label_table(root)
+    assert (merged.names, merged.ids) == (("road", "car"), {7: 0, 8: 1, 9: 0})
+    for twice in ("name,id\nroad,7\ncar,7\n", "name,r,g,b\nroad,0,0,7\ncar,0,0,7\n"):
+        (root / "classes.csv").write_text(twice)
+        with pytest.raises(DataError, match="line 3: another line has the same id or colour"):
+            read_label_table(root)
     (root / "classes.csv").write_text("label,colour\n")
     with pytest.raises(DataError, match=r"first line must be name,id or name,r,g,b, not label,colour"):
         read_label_table(root)

@@ -82,7 +82,7 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint_says_what_to_name(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no checkpoint there; name a run folder or a folder checkpoints/step_N"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint there; a run saves one at its end"):
         find_checkpoint(tmp_path)
 
 

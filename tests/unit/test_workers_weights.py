@@ -32,18 +32,25 @@ class _Evil:
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     torch.save({"model": _Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ConfigError, match=r"--weights .*evil.pth cannot be read"):
+    with pytest.raises(ConfigError, match=r"--weights .*evil.pth holds more than tensors"):
         read_weights(tmp_path / "evil.pth")
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"), [(None, "no such file; torchvision's have names"), ([1, 2], "holds no state dict")]
+    ("content", "complaint"),
+    [
+        (None, "no such file; torchvision's have names"),
+        ([1, 2], "holds no state dict"),
+        ({"bias": torch.tensor([0.0, float("nan")])}, "bias holds what is not finite"),
+    ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: object, complaint: str) -> None:
     if content is not None:
         torch.save(content, tmp_path / "w.pt")
     with pytest.raises(ConfigError, match=complaint):
         read_weights(tmp_path / "w.pt")
+    with pytest.raises(ConfigError, match="is a folder: name a file"):
+        read_weights(tmp_path)
 
 
 def test_a_head_of_another_number_of_classes_keeps_its_initial_values() -> None:
