@@ -164,7 +164,14 @@ def _options_first(words: Sequence[str]) -> list[str]:
 
 
 def _new_parser(program: str, about: str) -> _Parser:
-    return _Parser(prog=program, description=about, exit_on_error=False, parser_mode=_YAML, default_env=False)
+    return _Parser(
+        prog=program,
+        description=about,
+        exit_on_error=False,
+        parser_mode=_YAML,
+        default_env=False,
+        allow_abbrev=False,  # the next option that is added would make an abbreviation ambiguous
+    )
 
 
 def _version() -> str:

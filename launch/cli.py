@@ -84,7 +84,7 @@ def _say_warnings_once() -> None:
             shown(message, category, filename, lineno, file, line)
         elif str(message) not in said:
             said.add(str(message))
-            print(f"pushpull: {message}", file=sys.stderr, flush=True)
+            _complain(message, 0)
 
     warnings.showwarning = show
 

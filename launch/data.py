@@ -98,7 +98,9 @@ def _check(task: Showable, split: Split, images: int) -> Checked:
         checked.counts.update(task.count(sample))
         if index * images >= len(checked.pictures) * length:  # from all over the data set: it may be sorted by class
             checked.pictures.append(task.show(sample))
-    checked.classes = tuple(getattr(task, "classes", ()))
+    classes = getattr(task, "classes", ())
+    if isinstance(classes, tuple | list):  # what a user's own task means by it is its own affair
+        checked.classes = tuple(map(str, classes))
     return checked
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import platform
 import re
 import shutil
 import socket
@@ -90,38 +91,33 @@ def _named(weights: str) -> _Named | None:
 
 
 def download_data(data: str) -> list[str]:
-    """Fetch the data of a ``--data`` whose folder is missing or empty; torchvision compares its checksum.
+    """Fetch ``cifar10:PATH`` or ``voc:PATH`` whose folder is missing or empty; torchvision compares a checksum.
 
     Returns:
         what the user should know.
 
     Raises:
-        ConfigError: if nobody knows where such data is to be had, or it cannot be fetched.
+        ConfigError: if it cannot be fetched.
     """
     kind, _, rest = data.partition(":")
-    path = Path(rest).expanduser().resolve()
-    if not rest or (path.exists() and not path.is_dir()):
-        return []  # the task says what is wrong with it
-    if kind not in ("cifar10", "voc"):
-        if path.is_dir():
-            return []
-        raise ConfigError(
-            f"--data {data}: no such folder, and --download fetches cifar10:PATH and voc:PATH (2012) alone: check the "
-            "path, or put the data there"
-        )
+    path = Path(rest)
+    if kind not in ("cifar10", "voc") or not rest or (path.exists() and not path.is_dir()):
+        return []  # if anything is wrong with it, the task says so
+    own = f"{_UNFINISHED}{platform.node()}-"
     with _fetching(f"--data {data}", f"unpack it in {path}"), _alone_in(path):
-        for torn in path.glob(f"{_UNFINISHED}*"):  # of a process that was killed, or it would have the lock
+        for torn in path.glob(f"{own}*"):  # of a process of this node that was killed, or it would have the lock
             shutil.rmtree(torn)
-        if any(path.iterdir()):
+        if any(not found.name.startswith(_UNFINISHED) for found in path.iterdir()):
             return []
-        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=path) as unfinished:
+        with tempfile.TemporaryDirectory(prefix=own, dir=path) as unfinished:
             if kind == "cifar10":
                 CIFAR10(unfinished, download=True)
                 whole = Path(CIFAR10.base_folder)
             else:
                 VOCDetection(unfinished, year="2012", download=True)
                 whole = Path("VOCdevkit")
-            os.rename(Path(unfinished) / whole, path / whole)
+            if not (path / whole).exists():  # another node, which shares the disk, has been quicker
+                os.rename(Path(unfinished) / whole, path / whole)
     return [f"{kind} was downloaded to {path / whole}"]
 
 
@@ -149,6 +145,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not folder.is_dir() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise FileNotFoundError(f"{folder} was unmade by whoever could not fetch it either")
         yield
     except BaseException:
         for part in made:

@@ -51,6 +51,9 @@ def _from_weights(resolved: Resolved) -> tuple[State | None, list[str]]:
         raise ConfigError(
             f"--weights {file}: none of its keys ({theirs}, …) fits the model's ({ours}, …): is it another network's?"
         )
+    for key, value in fitted.values.items():
+        if not value.isfinite().all():
+            raise ConfigError(f"--weights {file}: {key} holds what is not finite: whatever trained it had diverged")
     return with_weights(state, fitted), [f"weights   {file}: {fitted.describe()}"]
 
 

@@ -105,9 +105,8 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         sweep_checkpoints(self.checkpoints)
         # What belongs to this call, not to the run, is left out, so that running the file again repeats the run.
-        settings = {
-            name: value for name, value in config.to_dict().items() if name not in ("resume", "overwrite", "dry_run")
-        }
+        of_this_call = ("resume", "overwrite", "dry_run", "download")
+        settings = {name: value for name, value in config.to_dict().items() if name not in of_this_call}
         settings["name"] = self.path.name
         (self.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 

@@ -1,9 +1,8 @@
 """``pushpull report``: a run's curves, metrics and predictions on a page that needs no other file."""
 
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -54,13 +53,13 @@ def write_run_report(run: str, *, number: int, threads: int | None) -> Path:
 
     Raises:
         ConfigError: if it is no run folder, or it cannot be written.
-        CheckpointError: if nothing was trained, or a file is broken.
+        CheckpointError: if there is neither a checkpoint nor a step, or a file is broken.
     """
     run_folder = RunFolder.of_checkpoint(Path(run))
     folder, config = run_folder.path, run_folder.read_config()
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
-    losses = [(row["step"], row["loss"]) for row in _rows(folder / "metrics.jsonl")]
-    evaluations = list(_rows(folder / "evaluations.jsonl"))
+    losses = [(row["step"], row["loss"]) for row in run_folder.rows("metrics.jsonl")]
+    evaluations = list(run_folder.rows("evaluations.jsonl"))
     pictures, step = "", 0
     if list_checkpoints(run_folder.checkpoints) or not losses:  # else it was cut off, and has curves
         trained = open_trained(run, threads=threads)
@@ -68,7 +67,7 @@ def write_run_report(run: str, *, number: int, threads: int | None) -> Path:
     text = page(
         "run_report.html",
         name=folder.name,
-        simulated=summary.get("simulated", config.device != "cuda"),
+        simulated=summary.get("simulated", config.device == "cpu" or not _gpus(folder)),
         summary=_about({"data": config.data, "model": config.model or "default", **summary}),
         curves=data_uri(_to_png(plot_curves(losses, evaluations))),
         evaluations=_table(evaluations),
@@ -83,6 +82,11 @@ def write_run_report(run: str, *, number: int, threads: int | None) -> Path:
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): make its folder writable") from error
     return path
+
+
+def _gpus(folder: Path) -> list[str]:
+    """Of the machine that a run was on."""
+    return list(read_json(folder / "env.json")["gpus"]) if (folder / "env.json").exists() else []
 
 
 def _predictions(trained: Trained, number: int, *, needed: bool) -> str:
@@ -124,11 +128,6 @@ def _to_png(figure: Figure) -> bytes:
     buffer = BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=_DPI, facecolor="white")
     return buffer.getvalue()
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def _about(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

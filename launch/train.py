@@ -27,6 +27,7 @@ from launch.torchrun import run_under_torchrun
 from models.errors import TaskError
 from paramserver.errors import CheckpointError, PushPullError, WorkerLost
 from paramserver.state import State
+from workers.checkpoint import list_checkpoints
 from workers.config import ProfileConfig
 from workers.install import check_install
 from workers.process_group import restarts, torchrun_rank
@@ -65,7 +66,7 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
         config = replace(config, resume=AUTO)  # a rank has died, and torchrun begins again
     torch.set_num_threads(config.threads)
     fetched = _download(config) if config.download and not config.dry_run else []
-    resolved = resolve(config)
+    resolved = resolve(replace(config, download=False))
     rank = torchrun_rank() if config.backend == "ddp" else None
     writes = rank is None or rank.rank == 0
     folder = RunFolder.choose(config) if writes else RunFolder(Path(config.out) / (config.name or "unnamed"))
@@ -77,6 +78,8 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
             print(start_block(resolved) + f"\nfolder    {folder.path} (dry run: nothing is written or started)")
         return RunResult(folder.path, {}, 0)
     if config.backend == "ddp" and rank is None:
+        if not quiet and fetched:
+            print("\n".join(map(as_note, fetched)))
         return _launch_ranks(resolved, folder, quiet=quiet)
     resolved = _profiled(resolved, folder)
     if writes:
@@ -98,7 +101,14 @@ def run(config: RunConfig, *, quiet: bool = False, in_session: bool = False) -> 
 
 
 def _download(config: RunConfig) -> list[str]:
-    return download_data(config.data) + (download_weights(config.weights) if config.weights else [])
+    fetched = download_data(config.data)
+    if config.weights is not None and (config.resume is None or _nothing_to_resume(config)):
+        fetched += download_weights(config.weights)
+    return fetched
+
+
+def _nothing_to_resume(config: RunConfig) -> bool:
+    return config.resume == AUTO and not list_checkpoints(RunFolder.choose(config).checkpoints)
 
 
 def _profiled(run: Resolved, folder: RunFolder) -> Resolved:

@@ -118,7 +118,7 @@ class Drawable(Protocol):
         """From a decoded (3, H, W) uint8 image to the (3, h, w) float32 that the model takes."""
 
     def draw(self, image: Tensor, outputs: Outputs, index: int) -> Tensor:
-        """The (3, H, W) uint8 ``image`` with prediction ``index`` of ``outputs`` drawn into a copy of it."""
+        """A copy of the (3, H, W) uint8 ``image``, perhaps enlarged, with prediction ``index`` drawn in."""
 
 
 @runtime_checkable

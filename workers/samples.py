@@ -133,7 +133,7 @@ def begun(loader: DataLoader[Any]) -> Iterator[Any]:
     Raises:
         PushPullError: if a loader process has ended.
     """
-    with _signals_as_they_were() if loader.num_workers else nullcontext(), _remedy_named():
+    with _remedy_named(), _signals_as_they_were() if loader.num_workers else nullcontext():
         return iter(loader)
 
 

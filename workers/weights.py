@@ -66,11 +66,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             with warnings.catch_warnings(action="ignore"):  # torch's, of old and foreign formats
                 found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"--weights {path} holds more than tensors, and is not unpickled: save model.state_dict()"
-        ) from error
     except Exception as error:  # whatever a foreign or torn file makes a parser raise
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):  # not even a pickle
+            raise ConfigError(
+                f"--weights {path} holds more than tensors, and is not unpickled: save model.state_dict()"
+            ) from error
         said = ": ".join(part for part in (type(error).__name__, *str(error).splitlines()[:1]) if part)
         raise ConfigError(
             f"--weights {path} cannot be read ({said}): it must be a state dict in a safetensors file or one of "
@@ -82,8 +82,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ConfigError(f"--weights {path} holds no state dict: save model.state_dict()")
     for key, value in found.items():
-        if value.is_floating_point() and not value.float().isfinite().all():
-            raise ConfigError(f"--weights {path}: {key} holds what is not finite: whatever trained it had diverged")
+        if value.is_meta or value.layout is not torch.strided:
+            raise ConfigError(f"--weights {path}: {key} is no plain tensor: save model.state_dict() of a dense model")
     # What DataParallel and torch.compile write in front.
     return {str(key).removeprefix("module.").removeprefix("_orig_mod."): value for key, value in found.items()}
 

@@ -139,7 +139,7 @@ class ClassifyTask:
         return self._transform(augment=False)(image)
 
     def draw(self, image: Tensor, outputs: Scores, index: int) -> Tensor:
-        """A copy of the (3, H, W) uint8 ``image`` with the likeliest class and its probability."""
+        """As ``draw_text`` does: the likeliest class and its probability."""
         probability, label = outputs.probabilities_NK[index].max(dim=0)
         return draw_text(image, f"{self.classes[int(label)]} {float(probability):.2f}", class_colour(int(label)))
 

@@ -1,7 +1,7 @@
 """Detection data in d2l's banana layout: a ``label.csv`` and a folder of images for each split."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,8 +68,8 @@ class BananaDetection(Dataset[Sample]):
         corners: dict[Path, list[tuple[float, ...]]] = {}
         labels: dict[Path, list[int]] = {}
         sizes: dict[Path, tuple[int, int]] = {}
-        listed: set[str] = set()
-        for row in _read_rows(folder / "label.csv", on_error, listed):
+        listed: set[Path] = set()
+        for row in _read_rows(folder / "label.csv", on_error, listed.add):
             with reported(on_error):
                 path = folder / "images" / row.image
                 if path not in sizes:
@@ -89,7 +89,7 @@ class BananaDetection(Dataset[Sample]):
         self._labels: list[NDArray[np.int64]] = [np.array(labels[path], dtype=np.int64) for path in self.paths]
         if on_error is not raise_error:  # training needs nothing that nobody has labelled
             for path in sorted((folder / "images").glob("*")):
-                if path.suffix.lower() in _SUFFIXES and path.name not in listed:
+                if path.suffix.lower() in _SUFFIXES and path not in listed:
                     on_error(DataError(f"{path} has no line in {folder / 'label.csv'}", "missing annotation"))
 
     def __len__(self) -> int:
@@ -115,8 +115,10 @@ def banana_classes(root: Path, on_error: OnError = raise_error) -> tuple[str, ..
     return tuple(f"class{label}" for label in range(highest + 1))
 
 
-def _read_rows(path: Path, on_error: OnError, listed: set[str] | None = None) -> Iterator[_Row]:
-    """Those that are right; ``listed`` gets the names of all images."""
+def _read_rows(
+    path: Path, on_error: OnError, on_image: Callable[[Path], object] = lambda image: None
+) -> Iterator[_Row]:
+    """Those that are right; ``on_image`` is told of the images of all."""
     if not path.is_file():
         raise DataError(f"missing {path}: the folder of a banana data set holds {' and '.join(_FOLDERS.values())}")
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -127,8 +129,8 @@ def _read_rows(path: Path, on_error: OnError, listed: set[str] | None = None) ->
                 f"{path} lacks the column {', '.join(missing)}: its first line must be {','.join(_COLUMNS)}"
             )
         for fields in reader:
-            if listed is not None:
-                listed.add(fields["img_name"])
+            if fields["img_name"]:
+                on_image(path.parent / "images" / fields["img_name"])
             try:
                 row = _row(fields, f"{path}, line {reader.line_num}")
             except DataError as error:

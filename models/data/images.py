@@ -94,5 +94,5 @@ def _in_8_bits(image: Image.Image, path: Path) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise DataError(f"{path} has mode {image.mode}: 8 or 16 bits a channel can be read", "broken file")
+        raise DataError(f"{path} has mode {image.mode}: save it as a PNG of 8 or 16 bits", "broken file")
     return image

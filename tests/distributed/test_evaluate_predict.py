@@ -211,8 +211,18 @@ def test_a_report_is_one_page(task: str, out: Path, capsys: pytest.CaptureFixtur
 def test_a_run_that_was_cut_off_has_a_report_of_its_curves(out: Path, tmp_path: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl"):
         shutil.copy(out / "ssd" / name, tmp_path)
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "device": "auto"}))
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "lo')
+    (tmp_path / "env.json").write_text('{"gpus": ["NVIDIA H100"]}', encoding="utf-8")
     assert main(["report", str(tmp_path)]) == 0
-    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 1
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "no GPU figure" not in page
+    (tmp_path / "env.json").unlink()
+    assert main(["report", str(tmp_path)]) == 0
+    assert "no GPU figure" in (tmp_path / "report.html").read_text()
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint there; a run saves one at its end"):
         write_run_report(str(tmp_path), number=1, threads=None)

@@ -57,7 +57,7 @@ def test_16_bits_come_as_their_upper_half(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 255, 256, 40_000, 65_535]], dtype=np.uint16)).save(tmp_path / "deep.png")
     assert read_image(tmp_path / "deep.png")[0].tolist() == [[0, 0, 1, 156, 255]]
     Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(DataError, match=r"float\.tiff has mode F: 8 or 16 bits"):
+    with pytest.raises(DataError, match=r"float\.tiff has mode F: save it as a PNG of 8 or 16 bits"):
         read_image(tmp_path / "float.tiff")
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torchvision.models import resnet18, vgg16
 
+from launch.config import RunConfig
+from launch.train import run
 from models.fcn.network import FCN
 from models.fcn.vgg import FCNVGG
 from models.ssd.ssd300 import ssd300_vgg16
@@ -41,7 +43,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     [
         (None, "no such file; torchvision's have names"),
         ([1, 2], "holds no state dict"),
-        ({"bias": torch.tensor([0.0, float("nan")])}, "bias holds what is not finite"),
+        ({"bias": torch.eye(2).to_sparse()}, "bias is no plain tensor"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: object, complaint: str) -> None:
@@ -51,6 +53,21 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: object, compl
         read_weights(tmp_path / "w.pt")
     with pytest.raises(ConfigError, match="is a folder: name a file"):
         read_weights(tmp_path)
+    (tmp_path / "page.pth").write_text("<!doctype html><html></html>", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"page\.pth cannot be read"):
+        read_weights(tmp_path / "page.pth")
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    state = FCN(3).state_dict()
+    state["backbone.bn1.bias"][1] = float("nan")
+    torch.save({**state, "mask": torch.tensor([float("-inf")])}, tmp_path / "w.pt")  # what fits alone matters
+    settings = RunConfig(
+        task="fcn", backend="single", steps=1, weights=str(tmp_path / "w.pt"), out=str(tmp_path / "runs"), image_size=32
+    )
+    with pytest.raises(ConfigError, match=r"w\.pt: backbone\.bn1\.bias holds what is not finite"):
+        run(settings, quiet=True)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_head_of_another_number_of_classes_keeps_its_initial_values() -> None:
