@@ -83,9 +83,10 @@ def _in_words(types: str) -> str:
 def _did_you_mean(word: str, own: Sequence[str]) -> str:
     """An option or key among ``own`` that looks like ``word``, written as ``word`` is."""
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
-    if any(name == field.name for config in _CONFIGS.values() for field in dataclasses.fields(config)):
+    elsewhere = any(name == field.name for config in _CONFIGS.values() for field in dataclasses.fields(config))
+    close = difflib.get_close_matches(name, own, n=1, cutoff=0.8 if elsewhere else 0.6)
+    if elsewhere and not close:
         return ": another command has it, this one does not"
-    close = difflib.get_close_matches(name, own, n=1)
     if not close:
         return ": --help behind the command lists what there is"
     return f": did you mean {'--' + close[0].replace('_', '-') if word.startswith('-') else close[0]}?"
