@@ -2,12 +2,13 @@
 
 import ctypes
 import os
+import secrets
 import signal
 from collections.abc import Iterator, Sized
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from typing import Any, cast
 
 import torch
@@ -89,10 +90,19 @@ def _begin_process(threads: int, parent: int, _number: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # drops one that has come already
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    connection.arbitrary_address = _address_without_a_file  # type: ignore[attr-defined]  # not in the stubs
     torch.set_num_threads(threads)  # a mean over an image depends on it
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was too late for that
         os._exit(0)
+
+
+def _address_without_a_file(_family: str) -> str:
+    """Of the socket by which batches are handed over, in Linux' abstract namespace.
+
+    Python's own lies in a folder, which stays behind when the worker ends before its loader processes.
+    """
+    return f"\0pushpull-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 @contextmanager

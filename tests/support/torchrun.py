@@ -15,6 +15,7 @@ def run_ddp_cases(folder: Path, ranks: int, cases: list[dict[str, Any]], timeout
     (folder / "cases.json").write_text(json.dumps(cases))
     results = folder / "results.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["--log-dir", str(folder / "torchrun")]  # it would leave a folder of its own behind
     command += [str(ROOT / "tests/support/ddp_cases.py"), str(folder / "cases.json"), str(results)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout_s, env={**os.environ, "PYTHONPATH": str(ROOT)}

@@ -119,7 +119,8 @@ def test_a_loader_process_that_is_killed_is_named_with_the_remedy() -> None:
 def test_they_end_with_a_worker_that_is_killed(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
     with subprocess.Popen(
         [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as worker:
@@ -131,3 +132,4 @@ def test_they_end_with_a_worker_that_is_killed(tmp_path: Path) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             assert select.select([os.pidfd_open(pid)], [], [], 10)[0]
+    assert not list((tmp_path / "temporary").iterdir())
