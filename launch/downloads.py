@@ -36,8 +36,11 @@ class _Named(NamedTuple):
 
 def name_or_path(weights: str) -> str:
     """A ``--weights`` that means the same in every folder: torchvision's name, or an absolute path."""
-    path = Path(weights).expanduser()
-    return weights if _NAME.fullmatch(weights) and not path.exists() else str(path.resolve())
+    return weights if _is_name(weights) else str(Path(weights).expanduser().resolve())
+
+
+def _is_name(weights: str) -> bool:
+    return _NAME.fullmatch(weights) is not None and not Path(weights).exists()
 
 
 def locate_weights(weights: str) -> Path:
@@ -78,7 +81,7 @@ def download_weights(weights: str) -> list[str]:
 
 
 def _named(weights: str) -> _Named | None:
-    if name_or_path(weights) != weights or not _NAME.fullmatch(weights):
+    if not _is_name(weights):
         return None
     try:
         url = get_weight(weights).url
@@ -100,7 +103,7 @@ def download_data(data: str) -> list[str]:
         ConfigError: if it cannot be fetched.
     """
     kind, _, rest = data.partition(":")
-    path = Path(rest)
+    path = Path(os.path.expanduser(rest))  # pathlib's raises where there is no such user
     if kind not in ("cifar10", "voc") or not rest or (path.exists() and not path.is_dir()):
         return []  # if anything is wrong with it, the task says so
     own = f"{_UNFINISHED}{platform.node()}-"

@@ -189,6 +189,14 @@ def test_cifar10_comes_once_whole_and_alone(site: Site, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cifar")
+def test_the_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    download_data("cifar10:~/cifar")
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar"]
+
+
+@pytest.mark.usefixtures("cifar")
 def test_nothing_is_left_of_data_that_are_not_what_they_should_be(site: Site, tmp_path: Path) -> None:
     site.files["cifar.tar.gz"] += b"x"
     with pytest.raises(ConfigError, match=r"^--data cifar10:.* cannot be downloaded .*: unpack it in .*/new/cifar$"):
